@@ -10,8 +10,8 @@ For every batch, all three from the values before it, with g = grad F_i(a v + (1
 
 With ``learned = false``, ``a = 1`` is local training and ``a = 0`` FedAvg. Deviations: a is stepped with every batch,
 the gradient being there already (the authors' code steps it once a round, which is seldom for clients that are rarely
-drawn), and without their weight decay; the mean is weighted by n_i. Steps are plain SGD's, as in the paper:
-``local.momentum`` and ``local.weight_decay`` do not enter.
+drawn), and without their weight decay; the mean is weighted by n_i. x and v each have an optimiser, the one that
+``local`` names; a takes plain steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithm import State
-from fedsim.local import LocalContext
+from fedsim.local import LocalContext, Optimiser
 from fedsim.schema import setting
 
 from .fedavg import FedAvg
@@ -45,11 +45,13 @@ class APFL(FedAvg):
     def local_update(self, payload: State, rows: State, ctx: LocalContext) -> tuple[State, State]:
         v, a, lr = rows["v"].clone(), rows["a"].clone(), ctx.local.lr
         x = payload["w"].expand_as(v).clone()
+        step_x, step_v = Optimiser(ctx.local, x), Optimiser(ctx.local, v)
         for batch in ctx.batches():
+            m = batch.clients
             g, at_x = ctx.grad(a * v + (1 - a) * x, batch), ctx.grad(x, batch)
             slope = ((v - x) * g).sum(1, keepdim=True)
-            x.sub_(at_x, alpha=lr)
-            v.sub_(a * g, alpha=lr)
+            step_x.step(x[:m], at_x[:m], left=batch.left)
+            step_v.step(v[:m], (a * g)[:m], left=batch.left)
             if self.config.learned:
                 a = (a - lr * slope).clamp(0, 1)
         return {"delta": x - payload["w"]}, {"v": v, "a": a}

@@ -10,8 +10,8 @@ For every step, with two batches A and B drawn independently, from x = w:
     v_i = w - a grad F_i(w; A)                              evaluated and thrown away
 
 A and B come from two shuffled passes over the client's data: an epoch has as many steps as FedAvg's, of two gradients
-each, and a client with a single batch takes part. Deviation: the mean is weighted by n_i. Steps are plain SGD's, as
-in the paper: ``local.momentum`` and ``local.weight_decay`` do not enter. ``a = 0`` is FedAvg.
+each, and a client with a single batch takes part. Deviations: the mean is weighted by n_i; x is stepped by the
+optimiser that ``local`` names. ``a = 0`` is FedAvg.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim.algorithm import State
-from fedsim.local import LocalContext
+from fedsim.local import Batch, LocalContext
 from fedsim.schema import setting
 
 from .fedavg import FedAvg
@@ -39,11 +39,12 @@ class PerFedAvg(FedAvg):
         b: float | None = setting(None, "rate of local training; default: local.lr", low=0)
 
     def local_update(self, payload: State, rows: State, ctx: LocalContext) -> tuple[State, State]:
-        b = ctx.local.lr if self.config.b is None else self.config.b
-        x = payload["w"].expand(len(ctx.ids), -1).clone()
-        for A, B in zip(ctx.batches(), ctx.batches(), strict=True):
-            y = x - self._a(ctx) * ctx.grad(x, A)
-            x.sub_(ctx.grad(y, B), alpha=b)
+        second = ctx.batches()
+
+        def after_adaptation(x: Tensor, A: Batch) -> Tensor:
+            return ctx.grad(x - self._a(ctx) * ctx.grad(x, A), next(second))
+
+        x = ctx.sgd(payload["w"], gradient=after_adaptation, lr=self.config.b)
         return {"delta": x - payload["w"]}, rows
 
     def personalise(self, payload: State, rows: State, ctx: LocalContext) -> Tensor:

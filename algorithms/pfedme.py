@@ -10,8 +10,8 @@ For every batch, from x = theta = w:
 
 theta goes on from batch to batch, as in the authors' code. Deviations: the inner rate is r = lr / (1 + lr lam), stable
 for every lam for which SGD with lr is (the authors tune it by itself, for every lam); the mean is weighted by n_i.
-With lam to infinity theta is x, and x takes FedAvg's steps. Steps are plain SGD's, as in the paper: ``local.momentum``
-and ``local.weight_decay`` do not enter.
+With lam to infinity theta is x, and x takes FedAvg's steps. x is stepped by the optimiser that ``local`` names; theta,
+which is solved for, by plain gradient steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim.algorithm import Cohort, ServerState, State
-from fedsim.local import LocalContext
+from fedsim.local import LocalContext, Optimiser
 from fedsim.schema import setting
 
 from .fedavg import FedAvg
@@ -47,11 +47,12 @@ class PFedMe(FedAvg):
         rate = lr / (1 + lr * lam)
         x = payload["w"].expand(len(ctx.ids), -1).clone()
         theta = x.clone()
+        optimiser = Optimiser(ctx.local, x)
         for batch in ctx.batches():
             m = batch.clients  # whoever has left keeps its theta: the pull alone would draw it on to x
             for _ in range(self.config.inner_steps):
                 theta[:m] -= rate * (ctx.grad(theta, batch)[:m] + lam * (theta[:m] - x[:m]))
-            x[:m] -= lr * lam * (x[:m] - theta[:m])
+            optimiser.step(x[:m], lam * (x[:m] - theta[:m]), left=batch.left)
         return {"delta": x - payload["w"]}, {"theta": theta}
 
     def aggregate(self, server: ServerState, cohort: Cohort, update: State, rows: State) -> tuple[ServerState, State]:

@@ -4,7 +4,7 @@
     x   <- x - lr (grad F_i(x) + c - c_i),  from x = w      K steps; c - c_i takes the client's drift away
     c_i <- c_i - c + (w - x) / (K lr)                       the client's own gradient, averaged over its steps
     w   <- w + lr_s sum_i n_i (x_i - w) / sum_i n_i
-    c   <- c + sum_i (c_i' - c_i) / N                       over the cohort; N is the population, so c = mean_i c_i
+    c   <- c + sum_i (c_i' - c_i) / N                       over the cohort; N clients ever train, so c = mean_i c_i
 
 - *K* is the number of steps that each client really took, which differs where n_i does.
 - *Weights.* The paper's mean of x_i - w is uniform; here it is FedAvg's, so that round 1 (c = c_i = 0) is FedAvg. c is
@@ -62,7 +62,7 @@ class Scaffold(FedAvg):
 
     def aggregate(self, server: ServerState, cohort: Cohort, update: State, rows: State) -> tuple[ServerState, State]:
         w = server["w"] + self.config.lr_s * cohort.mean(update["delta"])
-        return {"w": w, "c": server["c"] + update["dc_i"].sum(0) / self.task.num_clients}, rows
+        return {"w": w, "c": server["c"] + update["dc_i"].sum(0) / self.task.trainable}, rows
 
 
 def applications(steps: Tensor, momentum: float) -> Tensor:

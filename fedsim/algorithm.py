@@ -51,6 +51,7 @@ class Task:
         num_classes: outputs of the head.
         lr: the clients' learning rate.
         local_epochs: epochs of a client's local training.
+        trainable: clients that may ever train: all but the share ``eval.unseen``.
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class Task:
     num_classes: int
     lr: float
     local_epochs: int
+    trainable: int
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ masked.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -198,6 +199,8 @@ class LocalContext:
         mask: Tensor | None = None,
         pull: Callable[[Tensor], Tensor] | None = None,
         loss: Loss | None = None,
+        gradient: Callable[[Tensor, Batch], Tensor] | None = None,
+        lr: float | None = None,
     ) -> Tensor:
         """Local training, ``SGD(F_i; w_i)`` for every client of the block, by the optimiser of the settings.
 
@@ -207,24 +210,23 @@ class LocalContext:
             mask: ``[d] bool``; only these elements are trained.
             pull: from the rows ``[C, d]`` an extra gradient ``[C, d]``, such as ``mu (w - w0)``.
             loss: as for ``grad``.
+            gradient: from the rows ``[C, d]`` and a batch what to descend ``[C, d]``, in place of the loss's gradient.
+            lr: default ``local.lr``.
 
         Returns:
             The trained rows ``[C, d]``.
         """
         w = w.expand(len(self.ids), -1).clone()
         mask = None if mask is None else mask.to(w.device)
-        optimiser = Optimiser(self.local, w)
+        optimiser = Optimiser(self.local if lr is None else dataclasses.replace(self.local, lr=lr), w)
         for batch in self.batches(epochs):
             m = batch.clients
-            gradient = self._active_grad(w[:m], batch, loss)
+            slope = gradient(w, batch)[:m] if gradient else self._active_grad(w[:m], batch, loss)
             if pull is not None:
-                gradient += pull(w)[:m]
+                slope += pull(w)[:m]
             if mask is not None:
-                gradient *= mask
-            if self.local.clip:
-                # As torch.nn.utils.clip_grad_norm_, for each client by itself.
-                gradient *= (self.local.clip / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
-            optimiser.step(w[:m], gradient, mask, batch.left)
+                slope *= mask
+            optimiser.step(w[:m], slope, mask, batch.left)
         return w
 
     def _rows(self, w: Tensor, batch: Batch) -> Tensor:
@@ -245,6 +247,8 @@ class LocalContext:
 
 class Optimiser:
     """The rules of ``torch.optim``'s SGD, Adam and AdamW for a block: a state, and a count of steps, for each client.
+
+    Each client's gradient is clipped by its own norm, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Args:
         local: the settings.
@@ -275,6 +279,8 @@ class Optimiser:
 
     def _step(self, w: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
         local, m = self.local, len(w)
+        if local.clip:
+            gradient *= (local.clip / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
         if local.weight_decay:
             decayed = w if mask is None else w * mask
             if local.optimizer == "adamw":

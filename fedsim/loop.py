@@ -53,7 +53,7 @@ class Progress:
 
 def run_rounds(plan: Plan, backend: Backend, folder: Path, trackers: list[Tracker], progress: Progress) -> Progress:
     """Runs the rounds that are left, each: sample, broadcast, train locally, aggregate, evaluate, remember."""
-    config, everyone = plan.workload.config, np.arange(plan.workload.data.num_clients)
+    config, everyone = plan.workload.config, plan.evaluation_blocks()
     for round in range(progress.round, config.rounds):
         clock = _Clock()
         cohort = plan.sample_cohort(round)
@@ -65,7 +65,7 @@ def run_rounds(plan: Plan, backend: Backend, folder: Path, trackers: list[Tracke
         clock.lap("server")
         evaluated = None
         if (round + 1) % config.eval.every == 0 or round + 1 == config.rounds:
-            evaluated = backend.evaluate(round, plan.blocks(everyone))
+            evaluated = backend.evaluate(round, everyone)
         clock.lap("evaluate")
 
         evaluation = Evaluation(evaluated) if evaluated else None
@@ -148,7 +148,8 @@ def summarise(plan: Plan, progress: Progress, peak_memory_mib: dict[str, float],
     """``summary.json``."""
     config, evaluation = plan.workload.config, progress.evaluation()
     busy = progress.seconds["train"] + progress.seconds["server"]
-    unseen = np.array(progress.rounds_taken) == 0
+    rounds_taken = np.array(progress.rounds_taken)
+    kept_away = np.isin(np.arange(len(rounds_taken)), list(plan.workload.unseen))
     return {
         "algorithm": config.algorithm.name,
         "env": config.env.name,
@@ -157,7 +158,7 @@ def summarise(plan: Plan, progress: Progress, peak_memory_mib: dict[str, float],
         "rounds": progress.round,
         "num_clients": plan.workload.data.num_clients,
         "accuracy": evaluation.summary() if evaluation else {},
-        "unseen": evaluation.among(unseen) if evaluation else {},
+        "unseen": evaluation.among(kept_away if kept_away.any() else rounds_taken == 0) if evaluation else {},
         "bytes": progress.bytes,
         "seconds": {stage: round_to(value, 3) for stage, value in progress.seconds.items()},
         "updates_per_second": round_to(progress.updates / busy, 3) if busy else 0.0,

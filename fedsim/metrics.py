@@ -50,6 +50,7 @@ class Evaluation:
     Attributes:
         ids: ``[N]`` clients, in order.
         accuracy, sent: ``[N] float64``, of the personalised model and of what was sent.
+        adapted: ``[N] float64``, of what was sent after one local epoch; NaN but for clients that never train.
     """
 
     def __init__(self, facts: list[Facts]) -> None:
@@ -58,6 +59,10 @@ class Evaluation:
         self._correct = {key: by_client(facts, key)[1].astype(np.float64) for key in kinds}
         self.accuracy = self._correct["personal"] / self.total
         self.sent = self._correct["sent"] / self.total
+        self.adapted = np.full(len(self.ids), math.nan)
+        for fact in facts:
+            if "adapted" in fact:
+                self.adapted[np.searchsorted(self.ids, fact["ids"])] = fact["adapted"] / fact["total"]
 
     def summary(self) -> dict[str, float | None]:
         """``distribution`` of the personalised models; ``sent`` and ``global``: the mean over clients of the others."""
@@ -67,12 +72,10 @@ class Evaluation:
 
     def among(self, chosen: np.ndarray) -> dict[str, Any]:
         """Number and mean accuracies of the clients that ``chosen [N] bool`` picks."""
-        some = bool(chosen.any())
-        return {
-            "clients": int(chosen.sum()),
-            "mean": float(self.accuracy[chosen].mean()) if some else None,
-            "sent": float(self.sent[chosen].mean()) if some else None,
-        }
+        of = {"mean": self.accuracy[chosen], "sent": self.sent[chosen], "adapted": self.adapted[chosen]}
+        known = {name: len(values) > 0 and not np.isnan(values).any() for name, values in of.items()}
+        means = {name: float(values.mean()) if known[name] else None for name, values in of.items()}
+        return {"clients": int(chosen.sum()), **means}
 
 
 def client_rows(

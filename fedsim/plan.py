@@ -50,6 +50,11 @@ class Plan:
         rng = stream(self.workload.config.seed, "cohort", round)
         return np.sort(rng.choice(self.trainable, self.cohort, replace=False))
 
+    def evaluation_blocks(self) -> list[tuple[int, ...]]:
+        """All clients; those that never train in blocks of their own."""
+        unseen = np.array(sorted(self.workload.unseen), dtype=np.int64)
+        return self.blocks(self.trainable) + (self.blocks(unseen) if len(unseen) else [])
+
     def blocks(self, clients: np.ndarray) -> list[tuple[int, ...]]:
         return cut_blocks(
             clients,
@@ -93,11 +98,20 @@ def prepare(config: Config) -> Plan:
     algorithm = algorithm_class(config.algorithm.name)
     model = VitModel(config.model, config.adapter, len(data.classes), frozen, extra=algorithm.extra)
     _refuse_without_groups(config, algorithm.needs, model.layout)
-    task = Task(model.layout, data.num_clients, cohort, len(data.classes), config.local.lr, config.local.epochs)
+    task = Task(
+        layout=model.layout,
+        num_clients=data.num_clients,
+        cohort=cohort,
+        num_classes=len(data.classes),
+        lr=config.local.lr,
+        local_epochs=config.local.epochs,
+        trainable=len(trainable),
+    )
     weights = checksum(frozen)
     if config.model.cached_prefix != "off":
         data = replace(data, token_file=prefix.token_file(config.model, model, weights, data, cache_folder()))
-    workload = Workload(config, task, data, frozen)
+    unseen = frozenset(np.setdiff1d(np.arange(data.num_clients), trainable).tolist())
+    workload = Workload(config, task, data, frozen, unseen)
     params = model.initial(torch_stream(config.seed, "params"))
     about = {
         "data": data.about,

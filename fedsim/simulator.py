@@ -32,12 +32,14 @@ class Workload:
         task: what the algorithm may know.
         data: the federated data.
         frozen: the backbone's tensors as arrays.
+        unseen: ids of the clients that never train (``eval.unseen``).
     """
 
     config: Config
     task: Task
     data: FederatedData
     frozen: dict[str, np.ndarray]
+    unseen: frozenset[int] = frozenset()
 
     def algorithm(self) -> Algorithm:
         choice = self.config.algorithm
@@ -50,6 +52,7 @@ class Simulator:
     def __init__(self, workload: Workload, device: str = "cpu") -> None:
         config = workload.config
         self.config, self.data, self.algorithm = config, workload.data, workload.algorithm()
+        self.unseen = workload.unseen
         classes, extra = workload.task.num_classes, self.algorithm.extra
         self.model = VitModel(config.model, config.adapter, classes, workload.frozen, device, config.precision, extra)
 
@@ -82,7 +85,8 @@ class Simulator:
 
         Returns:
             Facts with ``total [C]``, the test samples, and the correct ones under ``sent``, ``personal`` and,
-            where there is an average, ``global``.
+            where there is an average, ``global``; for a block of clients that never train also ``adapted``, what was
+            sent after one local epoch, which is the same for all algorithms.
 
         Raises:
             ClientError: the algorithm failed, or gave models that cannot be run.
@@ -94,6 +98,9 @@ class Simulator:
         models: dict[str, Tensor | Predictor] = {"sent": sent, "personal": personal}
         if average is not None:
             models["global"] = average[None].to(self.model.device)
+        if self.unseen.issuperset(ids):
+            fresh = self._context(round, ids, "adapt")
+            models["adapted"] = guarded("evaluate", round, ids, lambda: fresh.sgd(sent, epochs=1))
         total, correct = guarded("evaluate", round, ids, lambda: self._score(ctx, models))
         return {"ids": np.array(ids), "total": total, **correct}
 

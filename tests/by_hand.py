@@ -50,7 +50,7 @@ def make(name: str, **settings: Any) -> Algorithm:
     """A shipped algorithm over a row of two elements: one of the adapter, one of the head."""
     found = algorithm_class(name)
     layout = Layout.of([("adapter", (1,), "adapter"), ("head", (1,), "head")])
-    task = Task(layout, num_clients=2, cohort=2, num_classes=2, lr=LR, local_epochs=1)
+    task = Task(layout, num_clients=2, cohort=2, num_classes=2, lr=LR, local_epochs=1, trainable=2)
     return found(found.Config(**settings), task)
 
 

@@ -31,7 +31,7 @@ def layout_of(dim: int, classes: int, extra: Sequence[str] = ()) -> Layout:
 
 def make(name: str, dim: int, classes: int, clients: int = 2, lr: float = 1.0, **settings: Any) -> Algorithm:
     found = algorithm_class(name)
-    task = Task(layout_of(dim, classes, found.extra), clients, clients, classes, lr, 1)
+    task = Task(layout_of(dim, classes, found.extra), clients, clients, classes, lr, 1, clients)
     return found(found.Config(**settings), task)
 
 

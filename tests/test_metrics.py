@@ -79,8 +79,23 @@ def test_without_an_average_global_is_none() -> None:
 
 def test_among_some_clients() -> None:
     evaluation = Evaluation(EVALUATED)
-    assert evaluation.among(np.array([True, False, True])) == {"clients": 2, "mean": 0.8, "sent": 0.375}
-    assert evaluation.among(np.zeros(3, dtype=bool)) == {"clients": 0, "mean": None, "sent": None}
+    found = evaluation.among(np.array([True, False, True]))
+    assert found == {"clients": 2, "mean": 0.8, "sent": 0.375, "adapted": None}
+    nobody = evaluation.among(np.zeros(3, dtype=bool))
+    assert nobody == {"clients": 0, "mean": None, "sent": None, "adapted": None}
+
+
+def test_what_clients_that_never_trained_make_of_one_epoch_is_of_their_blocks_alone() -> None:
+    first = {
+        "ids": np.array([2, 0]),
+        "total": np.array([4, 10]),
+        "personal": np.array([1, 1]),
+        "sent": np.array([1, 1]),
+    }
+    other = {"ids": np.array([1]), "total": np.array([2]), "personal": np.array([1]), "sent": np.array([0])}
+    evaluation = Evaluation([first, other | {"adapted": np.array([2])}])
+    assert evaluation.among(np.array([False, True, False]))["adapted"] == 1.0
+    assert evaluation.among(np.array([True, True, False]))["adapted"] is None
 
 
 def test_client_rows() -> None:

@@ -93,8 +93,17 @@ def test_unseen_clients_are_never_drawn(tiny_config: Make) -> None:
     assert sorted(drawn) == plan.trainable.tolist() and len(drawn) == 6  # of 8
     assert prepare(tiny_config("eval.unseen=0.25", "seed=1")).trainable.tolist() != plan.trainable.tolist()
     assert prepare(tiny_config()).trainable.tolist() == list(range(8))
+    assert plan.workload.task.trainable == 6 and plan.workload.unseen == set(range(8)) - set(plan.trainable.tolist())
     with pytest.raises(ConfigError, match="cohort: 8 clients a round, but there are only 6"):
         prepare(tiny_config("eval.unseen=0.25", "cohort=8"))
+
+
+def test_unseen_clients_are_evaluated_in_blocks_of_their_own(tiny_config: Make) -> None:
+    plan = prepare(tiny_config("eval.unseen=0.25", "cohort=3", "backend.block_size=8"))
+    (seen, unseen) = plan.evaluation_blocks()
+    assert sorted(seen) == plan.trainable.tolist() and set(unseen) == plan.workload.unseen
+    (everyone,) = prepare(tiny_config("backend.block_size=8")).evaluation_blocks()
+    assert sorted(everyone) == list(range(8))
 
 
 def test_the_cohort_is_a_function_of_seed_and_round(tiny_plan: Plan, tiny_config: Make) -> None:

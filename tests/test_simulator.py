@@ -135,6 +135,16 @@ def test_what_was_sent_and_what_was_personalised_are_scored_apart(
     assert facts["personal"].tolist() == [holds(tiny_plan, client, 1) for client in IDS]
 
 
+def test_clients_that_never_train_are_scored_after_one_epoch_too(simulator: Simulator, tiny_plan: Plan) -> None:
+    payload = {"w": always(tiny_plan, 0)[None]}
+    assert "adapted" not in simulator.evaluate(0, IDS, payload, {}, None)
+    simulator.unseen = frozenset({*IDS, 0})
+    facts = simulator.evaluate(0, IDS, payload, {}, None)
+    ctx = simulator._context(0, IDS, "adapt")
+    _, correct = simulator._score(ctx, {"adapted": ctx.sgd(payload["w"], epochs=1)})
+    assert facts["adapted"].tolist() == correct["adapted"].tolist() != facts["sent"].tolist()
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_scores_do_not_depend_on_the_batch_size(
     tiny_config: Callable[..., Config], tiny_plan: Plan, batch_size: int

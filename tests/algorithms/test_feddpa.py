@@ -21,7 +21,7 @@ LAYOUT = Layout.of([("a.up", (1,), "adapter"), ("a.personal.up", (1,), "adapter.
 
 def make(**settings):
     found = algorithm_class("feddpa")
-    return found(found.Config(**settings), Task(LAYOUT, 2, 2, 2, 0.5, 1))
+    return found(found.Config(**settings), Task(LAYOUT, 2, 2, 2, 0.5, 1, 2))
 
 
 def test_one_round_by_hand():

@@ -39,7 +39,7 @@ def test_the_server_has_no_average():
 
 def test_with_an_empty_head_it_is_fedavg_bit_for_bit():
     layout = Layout.of([("down", (1,), "adapter"), ("up", (1,), "adapter")])
-    task = Task(layout, num_clients=2, cohort=2, num_classes=2, lr=LR, local_epochs=1)
+    task = Task(layout, num_clients=2, cohort=2, num_classes=2, lr=LR, local_epochs=1, trainable=2)
     plain, cut = (Federation(kind(kind.Config(), task)) for kind in (FedAvg, FedPer))
     for _ in range(3):
         plain.play()

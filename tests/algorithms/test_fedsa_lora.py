@@ -14,7 +14,7 @@ LAYOUT = Layout.of([("x.A", (1,), "adapter.A"), ("x.B", (1,), "adapter.B")])
 
 def test_a_is_averaged_and_b_stays():
     found = algorithm_class("fedsa_lora")
-    federation = Federation(found(found.Config(), Task(LAYOUT, 2, 2, 2, 0.5, 1)))
+    federation = Federation(found(found.Config(), Task(LAYOUT, 2, 2, 2, 0.5, 1, 2)))
     federation.play()
     # A: 3 and 0, with 1 and 3 samples; B: 3/4 of the way to 0 and to 8.
     assert equal(federation.sent(), [[0.75, 0.0], [0.75, 6.0]])

@@ -17,7 +17,7 @@ LAYOUT = Layout.of([("x.A", (1,), "adapter.A"), ("x.B", (1,), "adapter.B")])
 
 def make(name):
     found = algorithm_class(name)
-    return found(found.Config(), Task(LAYOUT, 2, 2, 2, 0.5, 1))
+    return found(found.Config(), Task(LAYOUT, 2, 2, 2, 0.5, 1, 2))
 
 
 def test_only_b_is_trained_averaged_and_sent():

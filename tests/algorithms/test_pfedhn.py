@@ -70,7 +70,7 @@ def test_every_client_gets_a_model_of_its_own():
 
 
 def test_vectors_are_handed_out_by_the_norms_of_the_updates_not_by_names():
-    task = Task(make("fedavg").task.layout, num_clients=6, cohort=3, num_classes=2, lr=0.5, local_epochs=1)
+    task = Task(make("fedavg").task.layout, num_clients=6, cohort=3, num_classes=2, lr=0.5, local_epochs=1, trainable=6)
     found = type(make("pfedhn"))
     algorithm = found(found.Config(), task)
     server = algorithm.init_server(torch.zeros(2), torch.Generator().manual_seed(0))

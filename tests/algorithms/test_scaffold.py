@@ -85,12 +85,14 @@ def test_with_momentum_c_i_is_still_a_mean_of_gradients():
     assert torch.allclose(rows["c_i"], torch.tensor([[0.0, -6.4], [-4.0, 0.0]]))
 
 
-def test_c_is_a_mean_over_the_population_whoever_took_part():
+@pytest.mark.parametrize(("population", "trainable", "c"), [(2, 2, -3.0), (3, 2, -3.0), (3, 3, -2.0)])
+def test_c_is_a_mean_over_all_clients_that_ever_train_whoever_took_part(population, trainable, c):
     federation = Federation(make("scaffold"))
+    federation.algorithm.task = replace(federation.algorithm.task, num_clients=population, trainable=trainable)
     update = {"delta": torch.tensor([[0.0, 6.0]]), "dc_i": torch.tensor([[0.0, -6.0]])}
     cohort = Cohort(0, torch.tensor([1]), torch.tensor([3.0]))
     server, _ = federation.algorithm.aggregate(federation.server, cohort, update, {})
-    assert equal(server["c"], [0.0, -3.0])
+    assert equal(server["c"], [0.0, c])
     assert equal(server["w"], [0.0, 6.0])
 
 

@@ -161,6 +161,24 @@ def test_a_second_run_equals_the_first(tiny_config, algorithm):
     assert_equal(local_rounds(config)[2], local_rounds(config)[2])
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_local_step_is_one_of_the_optimiser_that_was_chosen(tiny_config, algorithm):
+    """Seen by what clipping to nothing leaves: after a round all clients are sent what they were sent before."""
+
+    def moved(*settings: str) -> float:
+        plan = prepare(tiny_config(*chosen(algorithm), *settings))
+        backend = LocalBackend(plan.workload, plan.params)
+        before = rows_sent(plan, backend)
+        backend.train(0, plan.blocks(plan.sample_cohort(0)))
+        backend.aggregate(0)
+        backend.close()
+        return float((rows_sent(plan, backend) - before).abs().max())
+
+    # pFedHN's hypernetwork has a weight decay of its own.
+    assert moved("local.clip=1e-9") < (1e-4 if algorithm == "pfedhn" else 1e-6)
+    assert moved() > 1e-4
+
+
 def test_a_new_seed_changes_cohort_batches_and_initial_adapters(tiny_config):
     one, other = prepare(tiny_config("seed=1")), prepare(tiny_config("seed=2"))
     assert [one.sample_cohort(r).tolist() for r in range(5)] != [other.sample_cohort(r).tolist() for r in range(5)]
