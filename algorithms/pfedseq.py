@@ -79,7 +79,7 @@ class PFedSeq(Algorithm):
         train: str = setting("replay", "how the learner is trained", choices=("none", "replay", "vjp", "both"))
         lr: float = setting(1e-3, "learning rate of the learner (Adam)", low=0)
         replay_tokens: int = setting(128, "newest tokens that are replayed", low=2)
-        replay_parts: int = setting(16, "parts of equal form that are replayed, drawn anew each round", low=1)
+        replay_parts: float = setting(0.1, "share of the parts that are replayed, drawn anew each round", low=0, high=1)
         finetune_epochs: int = setting(1, "local epochs from w_i before evaluation", low=0)
 
     def init_server(self, params: Tensor, generator: torch.Generator) -> ServerState:

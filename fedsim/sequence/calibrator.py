@@ -15,6 +15,8 @@ from fedsim.sequence.parts import Parts
 Memories = list[dict[str, Any]]
 """For each bank, its ``"memory"``, and the ``"scale"`` by which its tokens were divided."""
 
+MOST_PARTS_LOOKED_AT = 8
+
 
 class Calibrator(nn.Module):
     """Learners over the parts of a row. A token is a row ``[d]``, or ``views`` rows side by side ``[views d]``.
@@ -30,9 +32,9 @@ class Calibrator(nn.Module):
         self.parts, self.views = parts, views
         self.learners = nn.ModuleList([make(views * bank.shape[1]) for bank in parts.banks])
 
-    def split(self, tokens: Tensor) -> list[Tensor]:
-        """``[N, views d]`` to one ``[G, N, views k]`` a bank."""
-        rows = [self.parts.split(view) for view in tokens.chunk(self.views, 1)]
+    def split(self, tokens: Tensor, parts: Parts | None = None) -> list[Tensor]:
+        """``[N, views d]`` to one ``[G, N, views k]`` a bank, of all parts or of these."""
+        rows = [(parts or self.parts).split(view) for view in tokens.chunk(self.views, 1)]
         return [torch.cat(banks, 2) for banks in zip(*rows, strict=True)]
 
     def remember(self, tokens: Tensor, before: Memories | None = None) -> Memories:
@@ -60,10 +62,12 @@ class Calibrator(nn.Module):
     def attention(self, tokens: Tensor, query: Tensor) -> Tensor | None:
         """Shares of the tokens ``[L, views d]`` in the answers to ``[Q, views d]``: ``[Q, L]``, the mean over parts.
 
-        A share is a weight's absolute value over the sum of all; ``None`` for learners that are no weighted sums.
+        A share is a weight's absolute value over the sum of all; ``None`` for learners that are no weighted sums. Of
+        every bank a few parts stand for all: this is for people to look at, and must not cost what the answers cost.
         """
         shares: list[Tensor] = []
-        for learner, bank, asked in zip(self.learners, self.split(tokens), self.split(query), strict=True):
+        few = Parts([bank[:: -(-len(bank) // MOST_PARTS_LOOKED_AT)] for bank in self.parts.banks])
+        for learner, bank, asked in zip(self.learners, self.split(tokens, few), self.split(query, few), strict=True):
             weights = learner.attention(bank, asked)  # type: ignore[operator]
             if weights is None:
                 return None
@@ -81,7 +85,7 @@ class Calibrator(nn.Module):
         written: Tensor,
         asks: Tensor,
         targets: Tensor,
-        most_parts: int,
+        share: float,
         generator: torch.Generator,
     ) -> Tensor:
         """How badly tokens are foretold from what was written before: one parallel pass over all positions.
@@ -93,12 +97,12 @@ class Calibrator(nn.Module):
             sequences: ``[C, L, views d]`` in time order; places that are zero neither ask nor are asked for.
             written: ``[L] bool``, tokens that enter the memory.
             asks, targets: ``[P] int64``, the pairs' positions.
-            most_parts: parts of a bank that are replayed, drawn anew each time.
+            share: of the parts of each bank that are replayed, drawn anew each time; at least one is.
             generator: draws them.
         """
         loss, total = torch.zeros(()), torch.zeros(())
         for learner, bank in zip(self.learners, self.split(sequences.flatten(0, 1)), strict=True):
-            some = bank[torch.randperm(len(bank), generator=generator)[:most_parts]]
+            some = bank[torch.randperm(len(bank), generator=generator)[: max(1, round(share * len(bank)))]]
             some = some.unflatten(1, sequences.shape[:2]).flatten(0, 1)
             answers = learner(some / _scale(some).clamp(min=1e-12), written)[:, asks]
             asking, target = some[:, asks], some[:, targets]

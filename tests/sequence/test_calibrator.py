@@ -72,9 +72,9 @@ def test_the_unit_of_the_tokens_does_not_matter(name):
     torch.testing.assert_close(calibrator.rescaled(answers, query), calibrator.rescaled(scaled, query))
 
 
-def _rebuild(calibrator: Calibrator, tokens: torch.Tensor, asked: torch.Tensor, parts: int = 16, seed: int = 0):
+def _rebuild(calibrator: Calibrator, tokens: torch.Tensor, asked: torch.Tensor, share: float = 1.0, seed: int = 0):
     asks = asked.nonzero()[:, 0]
-    return calibrator.replay_loss(tokens[None], ~asked, asks, asks, parts, torch.Generator().manual_seed(seed))
+    return calibrator.replay_loss(tokens[None], ~asked, asks, asks, share, torch.Generator().manual_seed(seed))
 
 
 def test_replay_by_hand():
@@ -90,13 +90,13 @@ def test_replay_of_pairs_by_hand():
     tokens = torch.zeros(1, 3, 7)
     tokens[0, 1, :2], tokens[0, 2, :2] = torch.tensor([2.0, 0]), torch.tensor([3.0, 4])
     pairs = torch.tensor([0, 1]), torch.tensor([1, 2])
-    loss = _calibrator("last").replay_loss(tokens, torch.ones(3) > 0, *pairs, 16, torch.Generator())
+    loss = _calibrator("last").replay_loss(tokens, torch.ones(3) > 0, *pairs, 1.0, torch.Generator())
     torch.testing.assert_close(loss.item(), 1 - 3 / 5)
 
 
 def test_replay_draws_some_of_the_parts():
     calibrator, tokens, asked = _calibrator("mean"), _tokens(6, 7), torch.arange(6) % 2 == 1
-    losses = {round(_rebuild(calibrator, tokens, asked, 1, seed).item(), 6) for seed in range(20)}
+    losses = {round(_rebuild(calibrator, tokens, asked, 0.5, seed).item(), 6) for seed in range(20)}
     assert len(losses) == 2  # either class, and the one adapter
 
 
@@ -111,7 +111,7 @@ def test_replay_trains_every_learner(name):
     losses = []
     for _ in range(100):
         loss = calibrator.replay_loss(
-            tokens, torch.arange(60) % 2 == 0, asks, asks + 30, 16, torch.Generator().manual_seed(0)
+            tokens, torch.arange(60) % 2 == 0, asks, asks + 30, 1.0, torch.Generator().manual_seed(0)
         )
         optimiser.zero_grad()
         loss.backward()

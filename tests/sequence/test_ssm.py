@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from fedsim.sequence import make_learner
+from fedsim.sequence import make_learner, ssm
 from fedsim.sequence.dual import dual_sequential
 from fedsim.sequence.learner import Learner
 from fedsim.sequence.scan import selective_scan_sequential
 from fedsim.sequence.ssd import StateSpaceDual
-from fedsim.sequence.ssm import SelectiveSSM, orthonormal
+from fedsim.sequence.ssm import SelectiveSSM, orthonormal, softplus
 
 BOTH = pytest.mark.parametrize("kind", ["ssm", "ssd"])
 WRITTEN = torch.arange(20) % 3 != 1
@@ -142,3 +142,23 @@ def test_projections_are_orthonormal_up_to_their_length(width, state_size):
     assert W.shape == (width, state_size)
     gram = W.t() @ W if width >= state_size else W @ W.t()
     torch.testing.assert_close(gram, torch.eye(min(width, state_size)) * max(1, width / state_size))
+
+
+def test_softplus_is_exact_to_rounding_and_has_the_sigmoid_for_its_gradient():
+    x = torch.linspace(-40, 40, 8001)
+    exact = torch.nn.functional.softplus(x.double(), threshold=50)
+    assert ((softplus(x).double() - exact).abs() / exact).max() < 3e-7
+    y = torch.linspace(-40, 40, 801, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(softplus(y).sum(), y)
+    inner = y.detach() != 0
+    torch.testing.assert_close(gradient[inner], torch.sigmoid(y.detach())[inner], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("elements", [1, 30, 60, 10**6])
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_memory_does_not_depend_on_how_it_is_cut_to_fit_a_cache(monkeypatch, elements, carried):
+    learner, tokens = _learner(), _tokens(5, 6, 12)
+    before = learner.remember(_tokens(5, 3, 12, seed=2)) if carried else None
+    whole = learner.remember(tokens, before)["h"]
+    monkeypatch.setattr(ssm, "CACHED_ELEMENTS", elements)
+    torch.testing.assert_close(learner.remember(tokens, before)["h"], whole)
