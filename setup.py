@@ -17,20 +17,28 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fedsim", "fedsim.models", "fedsim.sequence", "fedsim.algorithms", "fedsim.envs", "fedsim.configs"],
+    packages=[
+        "fedsim",
+        "fedsim.models",
+        "fedsim.sequence",
+        "fedsim.tracking",
+        "fedsim.algorithms",
+        "fedsim.envs",
+        "fedsim.configs",
+    ],
     package_dir={
         "fedsim": "fedsim",
         "fedsim.algorithms": "algorithms",
         "fedsim.envs": "envs",
         "fedsim.configs": "configs",
     },
-    package_data={"fedsim": ["py.typed"], "fedsim.configs": ["*.yaml", "sweeps/*.yaml"]},
+    package_data={"fedsim": ["py.typed", "page.html", "grafana.json"], "fedsim.configs": ["*.yaml", "sweeps/*.yaml"]},
     # Lower bounds are tested, too: the tests pass with exactly these.
     install_requires=[
         "torch>=2.6",  # torch.func.functional_call over a leading client axis
         "torchvision>=0.21",  # CIFAR as published
         "timm>=1.0.22",  # the frozen backbones; the first that can be built on the meta device
-        "ray[default]>=2.60",  # actors, object store, dashboard; local clusters ask for a token by default
+        "ray[default,tune]>=2.60",  # actors, object store, dashboard, sweeps; local clusters ask for a token by default
         "numpy>=1.26",
         "omegaconf>=2.3.0",  # YAML and key=value overrides
         "pyyaml>=6.0.1",
@@ -41,8 +49,11 @@ setup(
         "psutil>=5.9.8",  # memory plans and measurements
     ],
     extras_require={
-        "report": ["matplotlib>=3.8"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "matplotlib>=3.8", "ruff>=0.8", "mypy>=1.13"],
+        "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow>=2.14"],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.8", "mkdocstrings>=1.0", "mkdocstrings-python>=2.0"],  # Python 3.11
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "matplotlib>=3.8", "jinja2>=3.1", "ruff>=0.8", "mypy>=1.13"],
     },
     entry_points={"console_scripts": ["fedsim = fedsim.__main__:main"]},
     classifiers=[

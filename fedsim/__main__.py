@@ -1,4 +1,4 @@
-"""The command line: run, resume, sweep, report, list."""
+"""The command line: run, resume, sweep, report, export, list."""
 
 from __future__ import annotations
 
@@ -55,24 +55,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, metavar="RUN_DIR")
     command.set_defaults(command=_resume)
     command = commands.add_parser(
-        "sweep", help="a grid of runs, and one table",
-        description="Runs the product of all key=a,b,c, each run in a process of its own. The same command with the "
-        "same --out goes on where a sweep stopped.",
+        "sweep", help="a grid of runs on one Ray cluster, and one table",
+        description="Runs the product of all key=a,b,c, and --samples draws of key=loguniform(low, high), each run "
+        "with simulators of its own. The same command with the same --out goes on where a sweep stopped; so does "
+        "--resume.",
     )  # fmt: skip
     command.add_argument(
         "settings", nargs="*", metavar="[CONFIG_OR_SWEEP] [key=a,b,c ...]",
         help="as for run, or a sweep file or the name of a shipped one; then settings, swept where they have commas "
-        "outside of brackets and quotes",
+        "outside of brackets and quotes, searched where they are uniform(low, high), loguniform(low, high) or "
+        "randint(low, high)",
     )  # fmt: skip
     command.add_argument("--out", type=Path, help="the sweep's folder (default: runs/<time>-sweep)")
+    command.add_argument("--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder, and no more")
+    command.add_argument("--jobs", type=int, help="most runs at a time (default: as many as the cluster has room for)")
+    command.add_argument("--samples", type=int, help="draws of what is searched")
     command.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time (default: 1; each with backend=ray takes all CPUs)"
-    )
+        "--early-stop", action="store_true",
+        help="stop runs that fall behind others (ASHA), by held-out samples: needs eval.validation",
+    )  # fmt: skip
     command.set_defaults(command=_sweep)
-    command = commands.add_parser("report", help="compare finished runs: table, CSV, curves")
-    command.add_argument("folders", type=Path, nargs="+", metavar="RUN_DIR")
+    command = commands.add_parser("report", help="compare finished runs: table, CSV, one HTML page with pictures")
+    command.add_argument("folders", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, or one of runs'")
     command.add_argument("--out", type=Path, default=Path("report"), help="folder for the files (default: report)")
     command.set_defaults(command=_report)
+    command = commands.add_parser("export", help="a client's adapters and head, for use without fedsim")
+    command.add_argument("folder", type=Path, metavar="RUN_DIR")
+    command.add_argument("--client", type=int, required=True, metavar="ID")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: export/client-ID.safetensors in the run's folder"
+    )
+    command.add_argument("--backbone", action="store_true", help="put the frozen backbone into the file, too")
+    command.set_defaults(command=_export)
     command = commands.add_parser("list", help="what there is to choose from")
     command.add_argument("what", nargs="?", choices=("algorithms", "envs", "models", "configs"), help="default: all")
     command.set_defaults(command=_list)
@@ -104,13 +118,23 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedsim.grid import plan
     from fedsim.sweep import run_sweep
 
-    if options.jobs < 1:
+    if options.jobs is not None and options.jobs < 1:
         raise ConfigError([f"--jobs: {options.jobs} is below 1"])
-    sweep, configs = plan(*_config_and_settings(options.settings))
-    out = options.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
-    given = ["sweep", *options.settings, "--out", str(out), "--jobs", str(options.jobs)]
-    again = f"python -m fedsim {shlex.join(given)}"
-    return 0 if run_sweep(sweep, configs, out, options.jobs, Console(width=_width()), again) else 1
+    if options.resume and (options.settings or options.out or options.samples):
+        raise ConfigError(["--resume: the folder says what to run; leave settings, --out and --samples out"])
+    path, settings = _config_and_settings(options.settings)
+    if options.resume:
+        path = str(options.resume / "sweep.yaml")
+        if not Path(path).is_file():
+            raise ConfigError([f"--resume: {options.resume} is not the folder of a sweep (no sweep.yaml)"])
+    sweep, configs = plan(path, settings, options.samples)
+    out = options.resume or options.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
+    again = ["python", "-m", "fedsim", "sweep", "--resume", str(out)]
+    again += ["--jobs", str(options.jobs)] if options.jobs else []
+    again += ["--early-stop"] if options.early_stop else []
+    console = Console(width=_width())
+    done = run_sweep(sweep, configs, out, console, shlex.join(again), options.jobs, options.early_stop)
+    return 0 if done else 1
 
 
 def _width() -> int | None:
@@ -129,6 +153,15 @@ def _report(options: argparse.Namespace) -> int:
     from fedsim.report import report
 
     report(options.folders, options.out, Console())
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fedsim.export import export
+
+    console = Console()
+    for written in export(options.folder, options.client, options.out, options.backbone, console):
+        console.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import resource
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,23 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithm import State
+from fedsim.errors import ClientError, DeviceMemoryError, FedsimError
 from fedsim.server import Server
 from fedsim.simulator import Facts, Simulator, Workload
-
-Block = tuple[int, ...]
-"""Ids of clients that are trained together as one batch, most steps first."""
-
-
-@dataclass
-class Failures:
-    """What went wrong and was mended."""
-
-    actors_replaced: int = 0
-    blocks_requeued: int = 0
-    clients_quarantined: int = 0
+from fedsim.supervisor import Block, Failures, Piece, Stage
 
 
 class Backend(ABC):
-    """The stages of a round, on whatever hardware there is."""
+    """The stages of a round, on whatever hardware there is.
+
+    Attributes:
+        failures: so far; its quarantined clients are left out of all blocks, which are otherwise cut as ever.
+        stopping: once it is set, no further block is begun: ``KeyboardInterrupt`` when those in flight are done.
+    """
 
     def __init__(self) -> None:
         self.failures = Failures()
+        self.stopping = False
 
     @property
     @abstractmethod
@@ -50,7 +47,16 @@ class Backend(ABC):
 
     @abstractmethod
     def train(self, round: int, blocks: list[Block]) -> list[Facts]:
-        """Broadcasts to all blocks and trains them; updates wait for ``aggregate``. Facts in the blocks' order."""
+        """Broadcasts to all blocks and trains them; updates wait for ``aggregate``.
+
+        Returns:
+            Facts in the blocks' order; of the parts of a block that was halved; not of clients that are quarantined.
+
+        Raises:
+            CentralLostError: the server is gone, here and in all stages: ``rebuild`` it.
+            BlockFailedError: a client failed too often.
+            FedsimError: no client is left.
+        """
 
     @abstractmethod
     def aggregate(self, round: int) -> Facts:
@@ -69,6 +75,10 @@ class Backend(ABC):
         """Restores a checkpoint; returns the driver's facts."""
 
     @abstractmethod
+    def rebuild(self) -> None:
+        """Puts a new server, as before round 1, in the place of a lost one."""
+
+    @abstractmethod
     def peak_memory_mib(self) -> dict[str, float]:
         """Peak resident memory by process, in MiB."""
 
@@ -76,12 +86,25 @@ class Backend(ABC):
     def close(self) -> None:
         """Frees what the back end holds."""
 
+    def _spared(self, blocks: list[Block]) -> list[Block]:
+        """The blocks without quarantined clients: the others keep their company, whenever those were given up."""
+        gone = set(self.failures.quarantined)
+        spared = [tuple(client for client in block if client not in gone) for block in blocks]
+        return [block for block in spared if block]
+
+    def _facts(self, round: int, done: list[Piece]) -> list[Facts]:
+        if not done:
+            gone = sorted(self.failures.quarantined)
+            raise FedsimError(f"round {round + 1}: none of its clients is left; quarantined: {gone}")
+        return [piece.facts for piece in done]
+
 
 class LocalBackend(Backend):
     """One simulator in this process; Ray is not imported."""
 
     def __init__(self, workload: Workload, params: Tensor) -> None:
         super().__init__()
+        self._workload, self._params = workload, params
         # The number of threads is part of the arithmetic: the same as that of a simulator's actor.
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(workload.config.backend.threads)
@@ -101,13 +124,13 @@ class LocalBackend(Backend):
         return f"one simulator in this process, on {self.simulator.model.device}"
 
     def train(self, round: int, blocks: list[Block]) -> list[Facts]:
-        facts = []
-        self._trained = []
-        for block in blocks:
-            fact, *result = self.simulator.train(round, block, *self.server.broadcast(round, block))
-            facts.append(fact)
-            self._trained.append((block, (result[0], result[1])))
-        return facts
+        def work(piece: Piece) -> None:
+            sent = self.server.broadcast(round, piece.clients)
+            piece.facts, *piece.result = self.simulator.train(round, piece.clients, *sent)
+
+        done = self._map("train", round, blocks, work)
+        self._trained = [(piece.clients, (piece.result[0], piece.result[1])) for piece in done]
+        return self._facts(round, done)
 
     def aggregate(self, round: int) -> Facts:
         trained, self._trained = self._trained, []
@@ -115,15 +138,36 @@ class LocalBackend(Backend):
 
     def evaluate(self, round: int, blocks: list[Block]) -> list[Facts]:
         average = self.server.average()
-        return [
-            self.simulator.evaluate(round, block, *self.server.broadcast(round, block), average) for block in blocks
-        ]
+
+        def work(piece: Piece) -> None:
+            sent = self.server.broadcast(round, piece.clients)
+            piece.facts = self.simulator.evaluate(round, piece.clients, *sent, average)
+
+        return self._facts(round, self._map("evaluate", round, blocks, work))
+
+    def _map(self, name: str, round: int, blocks: list[Block], work: Callable[[Piece], None]) -> list[Piece]:
+        stage = Stage(name, round, self._spared(blocks), self._workload.config.backend, self.failures)
+        while stage.waiting:
+            if self.stopping:
+                raise KeyboardInterrupt
+            piece = stage.waiting.popleft()
+            try:
+                with memory_told(piece.clients):
+                    work(piece)
+            except DeviceMemoryError as error:
+                stage.shrink(piece, str(error))
+            else:
+                stage.finish(piece)
+        return stage.done
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         self.server.save(folder, facts)
 
     def load(self, folder: Path) -> dict[str, Any]:
         return self.server.load(folder)
+
+    def rebuild(self) -> None:
+        self.server = Server(self._workload, self._params)
 
     def peak_memory_mib(self) -> dict[str, float]:
         return {"driver": own_peak_memory_mib()}
@@ -132,16 +176,32 @@ class LocalBackend(Backend):
         torch.set_num_threads(self._threads_before)
 
 
+@contextmanager
+def memory_told(ids: Block) -> Iterator[None]:
+    """Tells a block that is too large for the GPU's memory from a mistake in an algorithm's code.
+
+    Raises:
+        DeviceMemoryError: where CUDA was out of memory.
+    """
+    try:
+        yield
+    except (ClientError, torch.cuda.OutOfMemoryError) as error:
+        cause = error.__context__ if isinstance(error, ClientError) else error
+        if not isinstance(cause, torch.cuda.OutOfMemoryError):
+            raise
+        raise DeviceMemoryError(f"{len(ids)} clients in a block: {str(cause).partition('. ')[0]}") from None
+
+
 def own_peak_memory_mib() -> float:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
-def make_backend(workload: Workload, params: Tensor, name: str) -> Backend:
-    """The back end that the configuration names; ``name``: the run's, for actors and dashboards."""
+def make_backend(workload: Workload, params: Tensor, folder: str) -> Backend:
+    """The back end that the configuration names; ``folder``: the run's, for the names of actors and for messages."""
     if workload.config.backend.name == "local":
         return LocalBackend(workload, params)
     from fedsim.ray_backend import RayBackend
 
-    return RayBackend(workload, params, name)
+    return RayBackend(workload, params, folder)

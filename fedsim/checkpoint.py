@@ -1,8 +1,9 @@
 """Atomic save, verified load. Tensors are safetensors, everything else is JSON: nothing in a checkpoint can run code.
 
-A checkpoint is a folder ``round-0007`` with ``state.safetensors``, ``state.json`` and, written last, ``manifest.json``
-with their checksums. It is written under a temporary name, flushed to disk, and renamed; an older one of that name is
-``round-0007.old`` meanwhile.
+A checkpoint is a folder ``round-00007`` with ``state.safetensors`` and ``state.json``, written anew each time,
+``changes.journal``, which the next one appends to (``fedsim/journal.py``), and, written last, ``manifest.json`` with
+their lengths and checksums. It is written under a temporary name, flushed to disk, and renamed; an older one of that
+name is ``round-00007.old`` meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedsim import journal
 from fedsim.errors import CheckpointError
+from fedsim.journal import Journal, Journaled
 
-FORMAT = 1
+FORMAT = 2
 _PLAIN = (bool, int, float, str, type(None))
-_FILES = ("state.safetensors", "state.json")
+_TENSORS, _TREE, _JOURNAL, _MANIFEST = "state.safetensors", "state.json", "changes.journal", "manifest.json"
 
 
 def folder_of(checkpoints: Path, round: int) -> Path:
@@ -31,29 +36,45 @@ def folder_of(checkpoints: Path, round: int) -> Path:
     return checkpoints / f"round-{round:05d}"
 
 
-def save(folder: Path, tree: dict[str, Any]) -> None:
+def save(
+    folder: Path, tree: dict[str, Any], states: Mapping[str, Journaled] | None = None, before: Journal | None = None
+) -> Journal:
     """Writes a tree of dicts, lists, numbers, texts and tensors: whole, or the folder stays what it was.
+
+    Args:
+        folder: the checkpoint.
+        tree: what is written anew each time.
+        states: what is written where it has changed, by name.
+        before: what the last save of these states returned; after one that failed there is none.
 
     Raises:
         TypeError: the tree holds something else.
+        CheckpointError: it cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     plain = _pack(tree, "", tensors)
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / _FILES[0])
-    (temporary / _FILES[1]).write_text(json.dumps(plain), encoding="utf-8")
-    files = {name: {"sha256": _sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in _FILES}
-    (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
-    for name in (*_FILES, "manifest.json"):
-        _flush(temporary / name)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    temporary.rename(folder)
-    _flush(folder.parent)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / _TENSORS)
+        (temporary / _TREE).write_text(json.dumps(plain), encoding="utf-8")
+        written = journal.write(temporary / _JOURNAL, states or {}, before)
+        files = {name: _facts(temporary / name) for name in (_TENSORS, _TREE)}
+        files[_JOURNAL] = {"bytes": written.bytes, "sha256": written.sha256.hexdigest()}
+        (temporary / _MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     shutil.rmtree(old, ignore_errors=True)
+    return replace(written, path=folder / _JOURNAL)
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -64,10 +85,19 @@ def load(folder: Path) -> dict[str, Any]:
     """
     verify(folder)
     try:
-        tensors = load_file(folder / _FILES[0])
-        return _unpack(json.loads((folder / _FILES[1]).read_text(encoding="utf-8")), tensors)
+        tensors = load_file(folder / _TENSORS)
+        return _unpack(json.loads((folder / _TREE).read_text(encoding="utf-8")), tensors)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
+
+
+def replay(folder: Path, states: Mapping[str, Journaled]) -> None:
+    """Gives the states what they held when they were saved; ``load`` comes before, and verifies.
+
+    Raises:
+        Exception: of whatever kind, where the checkpoint is of other states.
+    """
+    journal.read(folder / _JOURNAL, _manifest(folder)["files"][_JOURNAL]["bytes"], states)
 
 
 def verify(folder: Path) -> None:
@@ -77,14 +107,20 @@ def verify(folder: Path) -> None:
         CheckpointError: which file differs.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _manifest(folder)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
-        for name in _FILES:
-            if _sha256(folder / name) != manifest["files"][name]["sha256"]:
+        for name in (_TENSORS, _TREE, _JOURNAL):
+            expected = manifest["files"][name]
+            # Of the journal, what was there then: later checkpoints have appended to it.
+            if _facts(folder / name, expected["bytes"] if name == _JOURNAL else None) != expected:
                 raise CheckpointError(f"{folder / name}: damaged (its checksum is not the manifest's)")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -123,7 +159,7 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         if all(isinstance(item, _PLAIN) for item in value):
-            return {"value": list(value)}  # one number a client: not one more dict for each
+            return {"value": list(value)}  # not one more dict for each number
         return {"list": [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, _PLAIN):
         return {"value": value}
@@ -140,16 +176,14 @@ def _unpack(packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     return packed["value"]
 
 
-def _sha256(path: Path) -> str:
+def _facts(path: Path, length: int | None = None) -> dict[str, Any]:
+    """Bytes and checksum of the file, or of its beginning of this length; fewer bytes where it is shorter."""
+    digest, left = hashlib.sha256(), path.stat().st_size if length is None else length
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+        while chunk := file.read(max(0, min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _flush(path: Path) -> None:

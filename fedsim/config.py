@@ -140,8 +140,17 @@ class BackendConfig:
     threads: int = setting(1, "CPU threads of a simulator and of the server; part of the arithmetic", low=1)
     address: str = setting("", "Ray cluster to join; default: $RAY_ADDRESS, else a new local one")
     dashboard: bool = setting(True, "start the Ray dashboard (local clusters)")
-    start_timeout_s: float = setting(300.0, "seconds that actors may take to start", low=1)
-    max_attempts: int = setting(3, "how often a block is tried when its simulator dies", low=1)
+    start_timeout_s: float = setting(
+        300.0, "seconds that an actor may take to start, and a block while none was timed", low=1
+    )
+    min_deadline_s: float = setting(
+        60.0, "a block is hung after ten times what the slowest took, but not before so many seconds", low=1
+    )
+    max_attempts: int = setting(3, "how often a client that has a block of its own kills its simulator", low=1)
+    on_client_error: str = setting(
+        "raise", "then the run stops, or goes on without the client", choices=("raise", "quarantine")
+    )
+    give_up_after_s: float = setting(600.0, "seconds without any simulator after which the run stops", low=1)
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,22 @@ class CheckpointConfig:
 
     every: int = setting(1, "rounds between checkpoints", low=1)
     keep: int = setting(2, "newest checkpoints that are kept", low=1)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go beyond the run folder and Ray; see ``docs/watching.md``."""
+
+    project: str = setting("fedsim", "the project in W&B, the experiment in MLflow")
+    wandb: bool = setting(False, 'send to Weights & Biases (pip install "fedsim-ray[wandb]")')
+    wandb_offline: bool = setting(False, "send nothing: keep it in the run folder for `wandb sync`")
+    mlflow: str = setting("", 'send to the MLflow at this tracking URI (pip install "fedsim-ray[mlflow]")')
+
+    def __post_init__(self) -> None:
+        if self.wandb_offline and not self.wandb:
+            raise ValueError("wandb_offline is for wandb=true")
+        if self.mlflow.lower() in ("true", "false"):
+            raise ValueError(f"mlflow is a URI such as sqlite:///mlflow.db or http://host:5000, not {self.mlflow!r}")
 
 
 @dataclass(frozen=True)
@@ -177,6 +202,7 @@ class Config:
     eval: EvalConfig
     backend: BackendConfig
     checkpoint: CheckpointConfig
+    tracking: TrackingConfig
     seed: int
     rounds: int
     cohort: float
@@ -206,6 +232,7 @@ SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
     "backend": BackendConfig,
     "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
 }
 
 

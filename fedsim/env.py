@@ -131,7 +131,9 @@ def held_out(data: FederatedData, share: float, seed: int) -> FederatedData:
     return replace(data, train=Ragged.of(train), test=Ragged.of(validation), about=about)
 
 
-def save_partition(path: str | Path, train: Ragged, test: Ragged, about: dict[str, Any]) -> None:
+def save_partition(
+    path: str | Path, train: Ragged, test: Ragged, about: dict[str, Any], labels: np.ndarray | None = None
+) -> None:
     """Writes a split, whole or not at all, as ``.npz`` for ``env.partition=file``.
 
     The split of a run with ``eval.validation`` is saved as it ran: the held-out samples are its test lists, and the
@@ -142,13 +144,17 @@ def save_partition(path: str | Path, train: Ragged, test: Ragged, about: dict[st
         train: per client, indices of its training images.
         test: per client, indices of its test images.
         about: ``FederatedData.about`` or ``facts``; it has ``images`` and ``labels_crc32``, checked on loading.
+        labels: ``[images]``; with them the file tells which classes a client has, without the env.
     """
     path = Path(path)
-    arrays = (train.values, train.offsets, test.values, test.offsets, np.array(json.dumps(about)))
+    parts = (train.values, train.offsets, test.values, test.offsets, np.array(json.dumps(about)))
+    arrays = dict(zip(PARTITION_ARRAYS, parts, strict=True))
+    if labels is not None:
+        arrays["labels"] = labels.astype(np.int32)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, **dict(zip(PARTITION_ARRAYS, arrays, strict=True)))  # type: ignore[arg-type]
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -80,6 +80,35 @@ class BlockFailedError(FedsimError):
         )
 
 
+class DeviceMemoryError(FedsimError):
+    """A block that does not fit into the memory of the GPU: it is halved."""
+
+
+class CentralLostError(FedsimError):
+    """The central actor is gone; the run goes on from the newest checkpoint."""
+
+    def __init__(self, round: int, cause: str) -> None:
+        super().__init__(round, cause)
+        self.round, self.cause = round, cause
+
+    def __str__(self) -> str:
+        return f"round {self.round + 1}: the central actor died ({self.cause})"
+
+
+class NoSimulatorsError(FedsimError):
+    """No simulator has lived for longer than ``backend.give_up_after_s``."""
+
+    def __init__(self, round: int, waited_s: float, folder: str) -> None:
+        super().__init__(round, waited_s, folder)
+        self.round, self.waited_s, self.folder = round, waited_s, folder
+
+    def __str__(self) -> str:
+        return (
+            f"round {self.round + 1}: no simulator could be started for {self.waited_s:.0f} s; the last checkpoint is "
+            f"whole; once the cluster has room: python -m fedsim resume {self.folder}"
+        )
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` with the choice most like ``name``, else the choices, or of many the nearest few."""
     choices = sorted(choices)

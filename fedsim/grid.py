@@ -1,18 +1,21 @@
-"""What a sweep runs: variants and grids of settings, from a sweep file and a command line.
+"""What a sweep runs: variants, grids and random draws of settings, from a sweep file and a command line.
 
-    runs = variants x the sweep file's grid x the command line's grid
+    runs = variants x the sweep file's grid x the command line's grid x samples of what is searched
 
-Every run's configuration is resolved before the first one starts, so that every mistake is told at once.
+Every run's configuration is resolved before the first one starts, so that every mistake is told at once. A sample is a
+function of its number and the key: all variants and seeds meet the same ones, and more samples are the old ones and new
+ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ import yaml
 from fedsim import config as configuration
 from fedsim.config import CONFIGS, Config
 from fedsim.errors import ConfigError, nearest
+from fedsim.rng import stream
 
-KEYS = ("config", "settings", "variants", "grid")  # of a sweep file
+KEYS = ("config", "settings", "variants", "grid", "samples")  # of a sweep file
 SWEEPS = CONFIGS / "sweeps"
 LONGEST_NAME = 100  # characters of a run folder's name
 
@@ -48,15 +52,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is to be run: a configuration, settings for all runs, named variants of it, and a grid."""
+    """What is to be run: a configuration, settings for all runs, named variants of it, and a grid.
+
+    Attributes:
+        config: the configuration's name or file.
+        settings: of all runs, by key.
+        variants: names, and what each of them sets.
+        grid: values by key; a value may be a distribution (``Uniform``), of which there are ``samples``.
+        samples: draws of each distribution.
+    """
 
     config: str
     settings: Settings
     variants: dict[str, Settings]
     grid: dict[str, list[str]]
+    samples: int = 0
 
     def runs(self) -> list[Run]:
-        points = [dict(zip(self.grid, texts, strict=True)) for texts in itertools.product(*self.grid.values())]
+        points = [point for texts in itertools.product(*self.grid.values()) for point in self._samples(texts)]
+        points = [point for at, point in enumerate(points) if point not in points[:at]]
         found = [(variant, point) for variant in self.variants or {"": {}} for point in points]
         names = _folders([self._parts(variant, point) for variant, point in found])
         return [
@@ -69,6 +83,15 @@ class Sweep:
             for name, (variant, point) in zip(names, found, strict=True)
         ]
 
+    def _samples(self, texts: tuple[str, ...]) -> list[Settings]:
+        """The points of one cell of the grid: as many as there are samples, where a value is a distribution."""
+        values = dict(zip(self.grid, texts, strict=True))
+        searched = {key: found for key, text in values.items() if (found := Uniform.read(text))}
+        return [
+            values | {key: distribution.sample(key, number) for key, distribution in searched.items()}
+            for number in range(self.samples if searched else 1)
+        ]
+
     def _parts(self, variant: str, point: Settings) -> list[str]:
         """``["fedavg", "lr=0.1", "seed=0"]``: keys without their sections, where that tells them apart."""
         tails = Counter(_tail(key) for key in self.grid)
@@ -79,7 +102,48 @@ class Sweep:
         """A sweep file that reads as this sweep."""
         variants = {name: overrides(settings) for name, settings in self.variants.items()}
         tree = {"config": self.config, "settings": overrides(self.settings), "variants": variants, "grid": self.grid}
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(tree | {"samples": self.samples}, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A distribution to search: ``uniform(low, high)``, ``loguniform(low, high)`` or ``randint(low, high)``.
+
+    Attributes:
+        kind: ``uniform``, ``loguniform`` or ``randint``; the last gives whole numbers below ``high``.
+        low, high: the bounds.
+    """
+
+    kind: str
+    low: float
+    high: float
+
+    @classmethod
+    def read(cls, text: str) -> Uniform | None:
+        """The distribution that a text names; ``None``: it is a value.
+
+        Raises:
+            ValueError: it is a distribution with bounds that make none.
+        """
+        match = re.fullmatch(r"(uniform|loguniform|randint)\((.*)\)", text.strip())
+        if match is None:
+            return None
+        try:
+            low, high = (float(bound) for bound in match[2].split(","))
+        except ValueError:
+            raise ValueError(f"{text!r} needs two numbers, as in {match[1]}(1, 8)") from None
+        if not (low < high and (low > 0 or match[1] != "loguniform")):
+            raise ValueError(f"{text!r} needs {'0 < ' * (match[1] == 'loguniform')}low < high")
+        return cls(match[1], low, high)
+
+    def sample(self, key: str, number: int) -> str:
+        """The value with this number, to four digits."""
+        rng = stream(0, f"sweep.{key}", number)
+        if self.kind == "randint":
+            return str(rng.integers(int(self.low), int(self.high)))
+        if self.kind == "loguniform":
+            return f"{math.exp(rng.uniform(math.log(self.low), math.log(self.high))):.4g}"
+        return f"{rng.uniform(self.low, self.high):.4g}"
 
 
 def overrides(settings: Settings) -> list[str]:
@@ -115,14 +179,17 @@ def _safe(part: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+=_-]+", "_", part).replace("=_", "=").strip("._")
 
 
-def plan(path: str | None, texts: Sequence[str]) -> tuple[Sweep, dict[str, Config]]:
+def plan(path: str | None, texts: Sequence[str], samples: int | None = None) -> tuple[Sweep, dict[str, Config]]:
     """The sweep of a file (a sweep file, or a configuration) and a command line, and the configuration of each run.
+
+    ``samples``: of what is searched; by default as many as the file says.
 
     Raises:
         ConfigError: with every mistake found, each of them once.
     """
     mistakes: list[str] = []
     sweep = _with_command_line(load(path, mistakes), texts, mistakes)
+    sweep = _searched(replace(sweep, samples=sweep.samples if samples is None else samples), mistakes)
     configs = {}
     for run in sweep.runs() if sweep.config else []:
         try:
@@ -135,7 +202,7 @@ def plan(path: str | None, texts: Sequence[str]) -> tuple[Sweep, dict[str, Confi
 
 
 def split(text: str) -> list[str]:
-    """The values in ``a, [b, c], 'd, e'``: between commas outside of brackets, braces and quotes; quotes go.
+    """The values in ``a, [b, c], f(d, e), 'g, h'``: between commas outside of brackets and quotes; quotes go.
 
     Raises:
         ValueError: a value is empty, or a bracket or quote is not closed.
@@ -146,9 +213,9 @@ def split(text: str) -> list[str]:
             quote = "" if character == quote else quote
         elif character in "'\"" and (depth or not parts[-1].strip()):  # within a word it is an apostrophe
             quote = character
-        elif character in "[{":
+        elif character in "([{":
             depth += 1
-        elif character in "]}":
+        elif character in ")]}":
             depth -= 1
         elif character == "," and not depth:
             parts.append("")
@@ -183,7 +250,30 @@ def load(path: str | None, mistakes: list[str]) -> Sweep:
             grid[str(key)] = [_as_text(value) for value in values]
         else:
             mistakes.append(f"grid.{key}: not a list of values")
-    return Sweep(config, _pairs(tree.get("settings"), "settings: ", mistakes), variants, grid)
+    samples = tree.get("samples", 0)
+    if type(samples) is not int or samples < 0:
+        mistakes.append(f"samples: {samples!r} is not a number of samples")
+        samples = 0
+    return Sweep(config, _pairs(tree.get("settings"), "settings: ", mistakes), variants, grid, samples)
+
+
+def _searched(sweep: Sweep, mistakes: list[str]) -> Sweep:
+    """The sweep without distributions that are none; each of them is a mistake, and so is a search without samples."""
+    grid: dict[str, list[str]] = {key: [] for key in sweep.grid}
+    searched = False
+    for key, texts in sweep.grid.items():
+        for text in texts:
+            try:
+                searched |= Uniform.read(text) is not None
+                grid[key].append(text)
+            except ValueError as error:
+                searched = True
+                mistakes.append(f"{key}: {error}")
+    if searched and not sweep.samples:
+        mistakes.append("--samples: how many, of what is searched?")
+    if sweep.samples and not searched:
+        mistakes.append("--samples: nothing is searched; write key=loguniform(low, high)")
+    return replace(sweep, grid={key: texts for key, texts in grid.items() if texts})
 
 
 def _find(path: str | None) -> Path:
@@ -237,7 +327,7 @@ def _with_command_line(sweep: Sweep, texts: Sequence[str], mistakes: list[str]) 
         except ValueError as error:
             mistakes.append(f"{key}: {error}")
             continue
-        if len(values) == 1:
+        if len(values) == 1 and not re.match(r"(uniform|loguniform|randint)\(", values[0]):
             fixed[key] = values[0]
         else:
             grid[key] = values
@@ -247,7 +337,7 @@ def _with_command_line(sweep: Sweep, texts: Sequence[str], mistakes: list[str]) 
         for name, settings in sweep.variants.items()
     }
     grid = {key: values for key, values in sweep.grid.items() if key not in given} | grid
-    sweep = Sweep(sweep.config, _merged(sweep.settings, fixed), variants, grid)
+    sweep = replace(sweep, settings=_merged(sweep.settings, fixed), variants=variants, grid=grid)
     for key, values in sweep.grid.items():
         mistakes += [f"{key}: {text!r} stands there twice" for text, times in Counter(values).items() if times > 1]
     if "output" in {*sweep.settings, *itertools.chain(*sweep.variants.values()), *sweep.grid}:

@@ -6,16 +6,19 @@ client, or those of the newest rounds. There are never more than ``capacity``; p
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.journal import PART_BYTES, Journaled
 from fedsim.store import BUDGET_BYTES, allocate
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class History:
+class History(Journaled):
     """The newest tokens within a window, with their clients and rounds.
 
     Args:
@@ -47,17 +50,17 @@ class History:
         row = dim * _DTYPES[dtype].itemsize  # in bytes, since numpy has no bfloat16
         stored = allocate((capacity, row), np.dtype(np.uint8), on_disk=capacity * row > budget_bytes)
         self._tokens = torch.from_numpy(stored).view(_DTYPES[dtype])
-        self._clear()
+        self.clear()
 
     @staticmethod
     def memory_bytes(capacity: int, dim: int, dtype: str = "fp32", budget_bytes: int = BUDGET_BYTES) -> int:
         """Bytes of memory that the tokens take once it is full, without the copies that reading makes."""
         return min(capacity * dim * _DTYPES[dtype].itemsize, budget_bytes)
 
-    def _clear(self) -> None:
-        """Of each token held, in time order: its place in the array, its client, its round."""
+    def clear(self) -> None:
+        # Of each token held, in time order: its place in the array, its client, its round.
         self._places, self._clients, self._rounds = (torch.zeros(0, dtype=torch.int64) for _ in range(3))
-        self.appended = 0
+        self._unsaved = 0  # the newest ones, which no checkpoint has yet
 
     def __len__(self) -> int:
         return len(self._places)
@@ -69,7 +72,6 @@ class History:
             ValueError: not one vector ``[d]`` a client.
         """
         self._add(clients, torch.full_like(clients, round), tokens)
-        self.appended += len(clients)
 
     def _add(self, clients: Tensor, rounds: Tensor, tokens: Tensor) -> None:
         if tokens.shape != (len(clients), self.dim):
@@ -84,6 +86,7 @@ class History:
         self._tokens[places] = tokens.detach()[new].to(self._tokens)
         self._places = torch.cat([self._places[old], places])
         self._clients, self._rounds = clients[kept], rounds[kept]
+        self._unsaved = int((kept >= held - self._unsaved).sum())
 
     def _kept(self, clients: Tensor, rounds: Tensor) -> Tensor:
         """Which of these tokens, in time order, the window and the capacity leave: their indices, ascending."""
@@ -127,16 +130,31 @@ class History:
         tokens[mask] = self._tokens[at[mask]].float()
         return tokens, mask
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What it holds, the tokens ``[L, d]`` in the dtype that they are kept in."""
-        stored, appended = self._tokens[self._places], torch.tensor(self.appended)
-        return {"tokens": stored, "clients": self.clients(), "rounds": self.rounds(), "appended": appended}
+    # In a checkpoint -------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replaces what it holds; of another window's state, what its own keeps."""
-        self._clear()
-        self._add(state["clients"], state["rounds"], state["tokens"])
-        self.appended = int(state["appended"])
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held."""
+        return len(self) * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return 16 + self.dim * self._tokens.element_size()  # with client and round
+
+    def changes(self, everything: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Tokens since the last call, or all, in time order: ``tokens [L, d]`` as stored, ``clients``, ``rounds``."""
+        new = torch.arange(0 if everything else len(self) - self._unsaved, len(self))
+        self._unsaved = 0
+        for some in new.split(max(1, PART_BYTES // self._token_bytes)) if len(new) else ():
+            yield {
+                "tokens": self._tokens[self._places[some]],
+                "clients": self._clients[some],
+                "rounds": self._rounds[some],
+            }
+
+    def apply(self, change: Mapping[str, Tensor]) -> None:
+        """Appends them; of another window's tokens it keeps what its own does."""
+        self._add(change["clients"], change["rounds"], change["tokens"])
 
 
 def _newer(clients: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -15,7 +16,7 @@ import numpy as np
 
 from fedsim import checkpoint
 from fedsim.backend import Backend
-from fedsim.metrics import Evaluation, client_rows, train_loss
+from fedsim.metrics import Evaluation, by_client, client_rows, train_loss
 from fedsim.plan import Plan
 from fedsim.simulator import Facts
 from fedsim.tracking import Record, Tracker, finite
@@ -27,12 +28,13 @@ class Progress:
 
     Attributes:
         round: rounds done.
-        rounds_taken: ``[N]`` rounds that each client has taken part in.
+        rounds_taken: ``[N]`` rounds that each client has taken part in; the server counts them too, for checkpoints.
         bytes, seconds: totals so far.
         updates: client updates so far.
-        failures: counts by kind.
-        evaluated: the last evaluation's facts, by block, as lists.
+        failures: counts by kind, and who is quarantined.
+        evaluated: the last evaluation's facts, arrays ``[C]`` in the order of the clients' ids.
         metrics_bytes: length of ``metrics.jsonl`` at this point.
+        evaluation_saved: whether the last checkpoint has ``evaluated``.
     """
 
     round: int
@@ -42,13 +44,18 @@ class Progress:
         default_factory=lambda: {"total": 0.0, "train": 0.0, "server": 0.0, "evaluate": 0.0, "checkpoint": 0.0}
     )
     updates: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, Any] = field(default_factory=dict)
+    evaluated: dict[str, np.ndarray] = field(default_factory=dict)
     metrics_bytes: int = 0
+    evaluation_saved: bool = True
 
     def evaluation(self) -> Evaluation | None:
-        facts = [{k: np.array(v) if isinstance(v, list) else v for k, v in block.items()} for block in self.evaluated]
-        return Evaluation(facts) if facts else None
+        return Evaluation([self.evaluated]) if self.evaluated else None
+
+    def facts(self) -> dict[str, Any]:
+        """What the next checkpoint is given of it; a copy."""
+        apart = ("rounds_taken", "evaluation_saved", *(["evaluated"] if self.evaluation_saved else []))
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if name not in apart}
 
 
 def run_rounds(plan: Plan, backend: Backend, folder: Path, trackers: list[Tracker], progress: Progress) -> Progress:
@@ -70,7 +77,7 @@ def run_rounds(plan: Plan, backend: Backend, folder: Path, trackers: list[Tracke
 
         evaluation = Evaluation(evaluated) if evaluated else None
         record = _record(round, trained, aggregated, evaluation, clock)
-        _advance(progress, record, cohort, evaluated, asdict(backend.failures))
+        _advance(progress, record, by_client(trained, "ids")[0], evaluated, asdict(backend.failures))
         for tracker in trackers:
             tracker.on_round(record, evaluation.accuracy if evaluation else None)
         if (round + 1) % config.checkpoint.every == 0 or round + 1 == config.rounds:
@@ -118,7 +125,7 @@ def round_to(value: float, digits: int) -> float:
 
 
 def _advance(
-    progress: Progress, record: Record, cohort: np.ndarray, evaluated: list[Facts] | None, failures: dict[str, int]
+    progress: Progress, record: Record, cohort: np.ndarray, evaluated: list[Facts] | None, failures: dict[str, Any]
 ) -> None:
     progress.round = record["round"]
     progress.updates += record["updates"]
@@ -130,16 +137,16 @@ def _advance(
         progress.seconds[stage] = progress.seconds.get(stage, 0.0) + amount
     progress.failures = failures
     if evaluated:
-        progress.evaluated = [
-            {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fact.items()} for fact in evaluated
-        ]
+        progress.evaluated = {key: by_client(evaluated, key)[1] for key in evaluated[0]}
+        progress.evaluation_saved = False
 
 
 def _save(backend: Backend, folder: Path, progress: Progress, keep: int) -> None:
     start = time.perf_counter()
     progress.metrics_bytes = (folder / "metrics.jsonl").stat().st_size
     checkpoints = folder / "checkpoints"
-    backend.save(checkpoint.folder_of(checkpoints, progress.round), asdict(progress))
+    backend.save(checkpoint.folder_of(checkpoints, progress.round), progress.facts())
+    progress.evaluation_saved = True
     checkpoint.prune(checkpoints, keep)
     progress.seconds["checkpoint"] += time.perf_counter() - start
 
@@ -148,8 +155,8 @@ def summarise(plan: Plan, progress: Progress, peak_memory_mib: dict[str, float],
     """``summary.json``."""
     config, evaluation = plan.workload.config, progress.evaluation()
     busy = progress.seconds["train"] + progress.seconds["server"]
-    rounds_taken = np.array(progress.rounds_taken)
-    kept_away = np.isin(np.arange(len(rounds_taken)), list(plan.workload.unseen))
+    ids = evaluation.ids if evaluation else np.arange(0)
+    kept_away, rounds_taken = np.isin(ids, list(plan.workload.unseen)), np.array(progress.rounds_taken)[ids]
     return {
         "algorithm": config.algorithm.name,
         "env": config.env.name,
@@ -170,7 +177,9 @@ def summarise(plan: Plan, progress: Progress, peak_memory_mib: dict[str, float],
 
 def write_results(folder: Path, plan: Plan, progress: Progress, summary: dict[str, Any]) -> None:
     """``summary.json`` and ``clients.csv``."""
-    rows = client_rows(plan.workload.data.train.sizes, np.array(progress.rounds_taken), progress.evaluation())
+    quarantined = progress.failures.get("quarantined", [])
+    sizes, rounds_taken = plan.workload.data.train.sizes, np.array(progress.rounds_taken)
+    rows = client_rows(sizes, rounds_taken, progress.evaluation(), quarantined)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()

@@ -7,6 +7,7 @@ sums do not depend on who was done first.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,8 @@ class Evaluation:
         self._correct = {key: by_client(facts, key)[1].astype(np.float64) for key in kinds}
         self.accuracy = self._correct["personal"] / self.total
         self.sent = self._correct["sent"] / self.total
-        self.adapted = np.full(len(self.ids), math.nan)
-        for fact in facts:
-            if "adapted" in fact:
-                self.adapted[np.searchsorted(self.ids, fact["ids"])] = fact["adapted"] / fact["total"]
+        known = "adapted" in facts[0]
+        self.adapted = by_client(facts, "adapted")[1] / self.total if known else np.full(len(self.ids), math.nan)
 
     def summary(self) -> dict[str, float | None]:
         """``distribution`` of the personalised models; ``sent`` and ``global``: the mean over clients of the others."""
@@ -79,22 +78,22 @@ class Evaluation:
 
 
 def client_rows(
-    sizes: np.ndarray, rounds_taken: np.ndarray, evaluation: Evaluation | None
+    sizes: np.ndarray, rounds_taken: np.ndarray, evaluation: Evaluation | None, quarantined: Sequence[int] = ()
 ) -> list[dict[str, int | float | str]]:
-    """The lines of ``clients.csv``."""
-    rows = []
-    for client, (samples, rounds) in enumerate(zip(sizes.tolist(), rounds_taken.tolist(), strict=True)):
-        before = float(evaluation.sent[client]) if evaluation else math.nan
-        after = float(evaluation.accuracy[client]) if evaluation else math.nan
-        rows.append(
-            {
-                "client": client,
-                "samples": samples,
-                "test_samples": int(evaluation.total[client]) if evaluation else 0,
-                "rounds": rounds,
-                "accuracy_sent": round(before, 6),
-                "accuracy": round(after, 6),
-                "quarantined": 0,
-            }
-        )
-    return rows
+    """The lines of ``clients.csv``; who was quarantined before the last evaluation has no part in it."""
+    before, after, total = np.full((3, len(sizes)), math.nan)
+    if evaluation:
+        before[evaluation.ids], after[evaluation.ids] = evaluation.sent, evaluation.accuracy
+        total[evaluation.ids] = evaluation.total
+    return [
+        {
+            "client": client,
+            "samples": int(sizes[client]),
+            "test_samples": int(np.nan_to_num(total[client])),
+            "rounds": int(rounds_taken[client]),
+            "accuracy_sent": round(float(before[client]), 6),
+            "accuracy": round(float(after[client]), 6),
+            "quarantined": int(client in quarantined),
+        }
+        for client in range(len(sizes))
+    ]

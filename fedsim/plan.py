@@ -56,12 +56,9 @@ class Plan:
         return self.blocks(self.trainable) + (self.blocks(unseen) if len(unseen) else [])
 
     def blocks(self, clients: np.ndarray) -> list[tuple[int, ...]]:
-        return cut_blocks(
-            clients,
-            self.workload.data.train.sizes[clients],
-            self.workload.config.local.batch_size,
-            self.workload.config.backend.block_size,
-        )
+        config, starts = self.workload.config, self.workload.data.train.offsets
+        sizes = starts[clients + 1] - starts[clients]  # not those of the whole population, every round
+        return cut_blocks(clients, sizes, config.local.batch_size, config.backend.block_size)
 
 
 def cut_blocks(clients: np.ndarray, sizes: np.ndarray, batch_size: int, block_size: int) -> list[tuple[int, ...]]:

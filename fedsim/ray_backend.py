@@ -2,7 +2,7 @@
 
 Parameters never pass through the driver: it hands *references* from the central actor to simulators and back, and waits
 only for small facts. Central actor and simulators are siblings, created by the driver. Simulators are caches that hold
-nothing: a dead one is replaced and its blocks are done again.
+nothing: a dead one is replaced and its blocks are done again. What is done when is the policy of ``supervisor.py``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import contextlib
 import logging
 import math
 import os
+import time
 import uuid
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,29 @@ import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.job_config import JobConfig
 from torch import Tensor
 
 from fedsim.algorithm import State
-from fedsim.backend import Backend, Block, own_peak_memory_mib
-from fedsim.errors import BlockFailedError, ClientError, ConfigError, FedsimError
+from fedsim.backend import Backend, Block, memory_told, own_peak_memory_mib
+from fedsim.config import BackendConfig
+from fedsim.errors import (
+    CentralLostError,
+    ClientError,
+    ConfigError,
+    DeviceMemoryError,
+    FedsimError,
+    NoSimulatorsError,
+)
 from fedsim.models.vit import as_tensors
 from fedsim.server import Server
 from fedsim.simulator import Facts, Simulator, Workload
+from fedsim.supervisor import Piece, Pool, Slot, Stage
+from fedsim.tracking.ray_metrics import PoolMetrics, job_metadata
 
 Arrays = dict[str, np.ndarray]
+
+_log = logging.getLogger(__name__)
 
 
 def to_arrays(state: State) -> Arrays:
@@ -95,116 +108,156 @@ class SimulatorActor:
         return os.getpid()
 
     @ray.method(num_returns=2)
-    def train(self, round: int, ids: Block, payload: Arrays, rows: Arrays) -> tuple[Facts, tuple[Arrays, Arrays]]:
-        facts, update, new_rows = self.simulator.train(round, ids, as_tensors(payload), as_tensors(rows))
+    def train(
+        self, round: int, ids: Block, payload: Arrays, rows: Arrays
+    ) -> tuple[Facts | FedsimError, tuple[Arrays, Arrays] | None]:
+        try:
+            with memory_told(ids):
+                facts, update, new_rows = self.simulator.train(round, ids, as_tensors(payload), as_tensors(rows))
+        except FedsimError as error:  # returned: Ray would print it once more for the result, which nobody reads
+            return error, None
         return facts, (to_arrays(update), to_arrays(new_rows))
 
     @ray.method(num_returns=2)
     def evaluate(
         self, round: int, ids: Block, payload: Arrays, rows: Arrays, average: np.ndarray | None
-    ) -> tuple[Facts, None]:
+    ) -> tuple[Facts | FedsimError, None]:
         mean = None if average is None else torch.from_numpy(average.copy())
-        return self.simulator.evaluate(round, ids, as_tensors(payload), as_tensors(rows), mean), None
+        try:
+            with memory_told(ids):
+                return self.simulator.evaluate(round, ids, as_tensors(payload), as_tensors(rows), mean), None
+        except FedsimError as error:
+            return error, None
 
     def peak_memory_mib(self) -> float:
         return own_peak_memory_mib()
 
 
 @dataclass
-class Worker:
-    """A simulator of the pool, and the blocks it has been given, by the references to their facts."""
+class Flight:
+    """References of a block that a simulator was given: to its payload, until that is there, and to its facts."""
 
-    number: int
-    actor: Any
-    running: dict[Any, Work] = field(default_factory=dict)
-
-
-@dataclass
-class Work:
-    """A block on its way: where it stands in the round's order, how often it was tried, what it will give."""
-
-    index: int
-    block: Block
-    attempts: int = 0
-    result: Any = None
+    payload: Any
+    facts: Any
 
 
 class RayBackend(Backend):
     """The supervised pool."""
 
-    def __init__(self, workload: Workload, params: Tensor, name: str) -> None:
-        """Starts or joins Ray, and starts the actors.
+    def __init__(self, workload: Workload, params: Tensor, folder: str) -> None:
+        """Starts or joins Ray, and starts the actors; ``folder``: the run's, for their names and for messages.
 
         Raises:
             ConfigError: the cluster cannot hold the actors.
         """
         super().__init__()
         self.config = workload.config.backend
+        self._work, self._params, self._folder = workload, params.numpy(), folder
         # Actors are named within the run; a run that was killed may still have actors of its name.
-        self._namespace = f"{name}-{uuid.uuid4().hex[:6]}"
-        self._own_cluster = _connect(self.config, self._namespace)
+        self._namespace = f"{Path(folder).name}-{uuid.uuid4().hex[:6]}"
+        run = Path(folder).name
+        metadata = job_metadata(workload.config, run)
+        self._own_cluster = connect(
+            self.config, self._namespace, self.config.simulators * self.config.threads, metadata
+        )
+        self._metrics = PoolMetrics(run)
         try:
             self.gpu_fraction, simulators = _size_pool(self.config)
             self._workload = ray.put(workload)
-            central = CentralActor.options(name="central", namespace=self._namespace, num_cpus=0)  # type: ignore[attr-defined]
-            self._central: Any = central.remote(self._workload, params.numpy())
-            self._workers = [Worker(k, self._start(k, 0)) for k in range(simulators)]
-            self._wait_until_ready([self._central, *(worker.actor for worker in self._workers)])
+            self._pool = Pool(self.config, simulators)
+            self._central = self._start_central()
+            self._start_due(time.monotonic())
+            self._wait_until_ready()
         except BaseException:
             self.close()
             raise
-        self._trained: list[Work] = []
+        self._trained: list[Piece] = []
 
     @property
     def simulators(self) -> int:
-        return len(self._workers)
+        return len(self._pool.slots)
 
     def pids(self) -> list[int]:
         """Process ids of the simulators."""
-        return ray.get([worker.actor.ready.remote() for worker in self._workers])
+        return ray.get([slot.actor.ready.remote() for slot in self._pool.slots if slot.state != "absent"])
 
     def describe(self) -> str:
         unit = f"{self.gpu_fraction:g} GPU" if self.gpu_fraction else f"{self.config.threads} CPU"
         url = dashboard_url()
         shown = f", dashboard {url} (token: `ray get-auth-token`)" if url else ""
-        return f"Ray: {len(self._workers)} simulators of {unit} each{shown}"
+        return f"Ray: {self.simulators} simulators of {unit} each{shown}"
 
-    def _start(self, number: int, generation: int) -> Any:
-        suffix = f"-r{generation}" if generation else ""
-        return SimulatorActor.options(  # type: ignore[attr-defined]
-            name=f"simulator-{number}{suffix}",
-            namespace=self._namespace,
-            num_cpus=0 if self.gpu_fraction else self.config.threads,
-            num_gpus=self.gpu_fraction,
-        ).remote(self._workload, number, self.gpu_fraction)
+    # Starts --------------------------------------------------------------------------------------------------------
 
-    def _wait_until_ready(self, actors: list[Any]) -> None:
+    def _start_central(self) -> Any:
+        again = self.failures.central_restarted
+        return CentralActor.options(  # type: ignore[attr-defined]
+            name=f"central-r{again}" if again else "central", namespace=self._namespace, num_cpus=0
+        ).remote(self._workload, self._params)
+
+    def _start_due(self, now: float) -> None:
+        for slot in self._pool.due(now):
+            slot.actor = SimulatorActor.options(  # type: ignore[attr-defined]
+                name=f"simulator-{slot.number}-r{slot.starts}" if slot.starts else f"simulator-{slot.number}",
+                namespace=self._namespace,
+                num_cpus=0 if self.gpu_fraction else self.config.threads,
+                num_gpus=self.gpu_fraction,
+            ).remote(self._workload, slot.number, self.gpu_fraction)
+            slot.starts += 1
+            self._ask_whether_ready(slot, now)
+
+    def _ask_whether_ready(self, slot: Slot, now: float) -> None:
+        slot.answer = slot.actor.ready.remote()
+        self._pool.starting(slot, now)
+
+    def _wait_until_ready(self) -> None:
+        answers = [self._central.ready.remote(), *(slot.answer for slot in self._pool.slots)]
         try:
-            ray.get([actor.ready.remote() for actor in actors], timeout=self.config.start_timeout_s)
+            ray.get(answers, timeout=self.config.start_timeout_s)
         except GetTimeoutError:
             raise ConfigError(
                 [
-                    f"backend.simulators: {len(actors)} actors did not start within {self.config.start_timeout_s:g} s; "
-                    f"the cluster has {ray.available_resources().get('CPU', 0):g} CPUs and "
+                    f"backend.simulators: {len(answers)} actors did not start within {self.config.start_timeout_s:g} s;"
+                    f" the cluster has {ray.available_resources().get('CPU', 0):g} CPUs and "
                     f"{ray.available_resources().get('GPU', 0):g} GPUs free"
                 ]
             ) from None
         except RayError as error:
             raise _own_error(error, "start", 0, ()) from None
+        for slot in self._pool.slots:
+            self._pool.ready(slot)
 
-    # Rounds ------------------------------------------------------------------------------------------------------
+    def rebuild(self) -> None:
+        """A new central actor, and the simulators that there are."""
+        ray.kill(self._central)
+        self._central, self._trained = self._start_central(), []
+        self._ask("start", 0, self._central.ready, timeout_s=self.config.start_timeout_s)
+
+    # Rounds --------------------------------------------------------------------------------------------------------
 
     def train(self, round: int, blocks: list[Block]) -> list[Facts]:
-        facts, self._trained = self._map("train", round, blocks)
-        return facts
+        self._trained = self._map("train", round, blocks)
+        return self._facts(round, self._trained)
 
     def aggregate(self, round: int) -> Facts:
         trained, self._trained = self._trained, []
-        results = [work.result for work in trained]
-        return self._ask("aggregate", round, self._central.aggregate, round, [w.block for w in trained], *results)
+        while True:
+            results = [piece.result for piece in trained]
+            try:
+                return ray.get(self._central.aggregate.remote(round, [piece.clients for piece in trained], *results))
+            except RayError as error:
+                if not _is_fault(error):
+                    raise _own_error(error, "aggregate", round, ()) from None
+                # Only where an argument was lost is it certain that nothing was applied.
+                lost = [piece for piece in trained if not _whole(piece.result)] if _lost_argument(error) else []
+                if not lost:
+                    raise CentralLostError(round, _first_line(error)) from None
+            self.failures.blocks_requeued += len(lost)
+            again = self._map("train", round, [piece.clients for piece in lost])
+            trained = [piece for piece in trained if piece not in lost] + again
 
     def evaluate(self, round: int, blocks: list[Block]) -> list[Facts]:
-        return self._map("evaluate", round, blocks, self._central.average.remote())[0]
+        return self._facts(round, self._map("evaluate", round, blocks, self._central.average.remote()))
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         self._ask("save", facts["round"], self._central.save, folder.absolute(), facts)
@@ -212,112 +265,201 @@ class RayBackend(Backend):
     def load(self, folder: Path) -> dict[str, Any]:
         return self._ask("load", 0, self._central.load, folder.absolute())
 
-    def _ask(self, stage: str, round: int, method: Any, *values: Any) -> Any:
+    def _ask(self, stage: str, round: int, method: Any, *values: Any, timeout_s: float | None = None) -> Any:
         try:
-            return ray.get(method.remote(*values))
+            return ray.get(method.remote(*values), timeout=timeout_s)
         except RayError as error:
             if _is_fault(error):
-                raise _central_died(round, error) from None
+                raise CentralLostError(round, _first_line(error)) from None
             raise _own_error(error, stage, round, ()) from None
 
-    def _map(self, stage: str, round: int, blocks: list[Block], *shared: Any) -> tuple[list[Facts], list[Work]]:
-        """Every block done exactly once, by whichever simulator is free; facts and work in the blocks' order."""
-        works = [Work(index, block) for index, block in enumerate(blocks)]
-        facts: list[Facts | None] = [None] * len(works)
-        waiting = deque(works)
-        while waiting or any(worker.running for worker in self._workers):
-            self._submit(stage, round, waiting, shared)
-            owners = {ref: worker for worker in self._workers for ref in worker.running}
-            done, _ = ray.wait(list(owners), num_returns=1)
-            worker = owners[done[0]]
+    # Blocks --------------------------------------------------------------------------------------------------------
+
+    def _map(self, name: str, round: int, blocks: list[Block], *shared: Any) -> list[Piece]:
+        """Every block done exactly once, by whichever simulator is free; what is done, in the blocks' order."""
+        stage, pool = Stage(name, round, self._spared(blocks), self.config, self.failures), self._pool
+        for slot in pool.slots:
+            if slot.pieces:  # of a stage that was broken off: nobody waits for them, but the simulator does them first
+                self._ask_whether_ready(slot, time.monotonic())
+        while stage.waiting or pool.busy:
+            if self.stopping and not pool.busy:
+                raise KeyboardInterrupt
+            self._start_due(time.monotonic())
+            while not self.stopping and stage.waiting and (free := pool.free(len(stage.waiting))):
+                self._submit(stage, free, stage.waiting.popleft(), shared)
+            self._metrics.pool(len(stage.waiting), len(pool.living))
+            self._wait(stage)
+        return stage.done
+
+    def _submit(self, stage: Stage, slot: Slot, piece: Piece, shared: tuple[Any, ...]) -> None:
+        payload, rows = self._central.broadcast.remote(stage.round, piece.clients)
+        method = getattr(slot.actor, stage.name)
+        facts, piece.result = method.remote(stage.round, piece.clients, payload, rows, *shared)
+        piece.flight = Flight(payload, facts)
+        slot.pieces.append(piece)
+
+    def _wait(self, stage: Stage) -> None:
+        """Waits for the next thing to happen, and sees to it, and to what should have happened."""
+        pool = self._pool
+        awaited = {ref: slot for slot in pool.slots if (ref := _awaited(slot)) is not None}
+        wait_s = pool.wait_s(time.monotonic())
+        if awaited:
+            for ref in ray.wait(list(awaited), num_returns=1, timeout=wait_s, fetch_local=False)[0]:
+                self._see(stage, awaited[ref])
+        else:
+            time.sleep(wait_s)
+        now = time.monotonic()
+        for slot in pool.late(now):
+            if not _is_there(_awaited(slot)):
+                self.failures.hangs += slot.state == "living"
+                self._lose(stage, slot, "no answer in time")
+        if (alone_s := pool.alone_s(now)) >= self.config.give_up_after_s:
+            raise NoSimulatorsError(stage.round, alone_s, self._folder)
+
+    def _see(self, stage: Stage, slot: Slot) -> None:
+        """What this simulator was waited for has come."""
+        if slot.state == "starting":
             try:
-                fact = ray.get(done[0])
+                ray.get(slot.answer)
+                self._pool.ready(slot)
             except RayError as error:
-                if not _is_fault(error):
-                    raise _own_error(error, stage, round, worker.running[done[0]].block) from None
-                waiting.extendleft(reversed(self._replace(worker, round, error)))
-                continue
-            facts[worker.running.pop(done[0]).index] = fact
-        return [fact for fact in facts if fact is not None], works
-
-    def _submit(self, stage: str, round: int, waiting: deque[Work], shared: tuple[Any, ...]) -> None:
-        while waiting:
-            # A second block in flight hides the call's latency; near the end of the round it would only be unfair.
-            depth = 2 if len(waiting) > len(self._workers) else 1
-            worker = min(self._workers, key=lambda worker: len(worker.running))
-            if len(worker.running) >= depth:
-                return
-            work = waiting.popleft()
-            payload, rows = self._central.broadcast.remote(round, work.block)
-            fact, work.result = getattr(worker.actor, stage).remote(round, work.block, payload, rows, *shared)
-            work.attempts += 1
-            worker.running[fact] = work
-
-    def _replace(self, worker: Worker, round: int, error: RayError) -> list[Work]:
-        """Puts a new actor in a dead one's place; returns the blocks that it had.
-
-        Raises:
-            FedsimError: it was the central actor that died.
-            BlockFailedError: a block was tried too often.
-        """
+                self._lose(stage, slot, _first_line(error))
+            return
+        piece = slot.pieces[0]
+        if piece.flight.payload is not None:
+            piece.flight.payload = None  # the object store may drop it after the simulator
+            self._pool.begun(slot, stage.name, self._steps(stage.name, piece.clients), time.monotonic())
+            return
         try:
-            ray.get(self._central.ready.remote())
-        except RayError as central_error:
-            raise _central_died(round, central_error) from None
-        lost = list(worker.running.values())
-        for innocent in lost[1:]:  # it waited behind the one that was running
-            innocent.attempts -= 1
-        ray.kill(worker.actor)  # an unreachable actor may still live
-        self.failures.actors_replaced += 1
-        self.failures.blocks_requeued += len(lost)
-        for work in lost:
-            if work.attempts >= self.config.max_attempts:
-                raise BlockFailedError(round, list(work.block), work.attempts, _first_line(error))
-        worker.running = {}
-        worker.actor = self._start(worker.number, self.failures.actors_replaced)
-        return lost
+            piece.facts = ray.get(piece.flight.facts)
+        except RayError as error:
+            self._see_fault(stage, slot, piece, error)
+            return
+        if isinstance(piece.facts, DeviceMemoryError):
+            self._pool.dropped(slot)
+            stage.shrink(piece, str(piece.facts))
+        elif isinstance(piece.facts, FedsimError):
+            raise piece.facts
+        else:
+            if slot.began is not None:
+                self._metrics.block(stage.name, time.monotonic() - slot.began)
+            self._pool.finished(slot, stage.name, self._steps(stage.name, piece.clients), time.monotonic())
+            stage.finish(piece)
+
+    def _see_fault(self, stage: Stage, slot: Slot, piece: Piece, error: RayError) -> None:
+        if not _is_fault(error):
+            raise _own_error(error, stage.name, stage.round, piece.clients) from None
+        self._ask("ready", stage.round, self._central.ready)
+        if _lost_argument(error):  # the simulator lives, its payload was lost
+            self._pool.dropped(slot)
+            stage.fail(piece, _first_line(error))
+        else:
+            self._lose(stage, slot, _first_line(error))
+
+    def _lose(self, stage: Stage, slot: Slot, cause: str) -> None:
+        """A simulator died, hung, or did not start: another one in its place, and its blocks are done again."""
+        ray.kill(slot.actor)  # one that is unreachable, or hangs, may still live
+        now, started = time.monotonic(), slot.state == "living"
+        pieces = self._pool.lost(slot, now)
+        if started:
+            self.failures.actors_replaced += 1
+        if started or slot.failed_starts == 1:
+            _log.warning(
+                "round %d: simulator-%d: %s; %d of %d live, another start is tried",
+                stage.round + 1, slot.number, cause.rstrip("."), len(self._pool.living), self.simulators,
+            )  # fmt: skip
+        stage.requeue(pieces[1:])  # they waited behind the one that was running
+        if pieces:
+            stage.fail(pieces[0], cause)
+        self._start_due(now)
+
+    def _steps(self, stage: str, block: Block) -> int:
+        """Batches of the block's longest client, in a unit in which blocks of one stage compare."""
+        config, data, ids = self._work.config, self._work.data, list(block)
+        steps = config.local.epochs * math.ceil(data.train.sizes[ids].max() / config.local.batch_size)
+        if stage == "evaluate":
+            steps += math.ceil(data.test.sizes[ids].max() / config.eval.batch_size)
+        return max(1, steps)
 
     # The end -----------------------------------------------------------------------------------------------------
 
     def peak_memory_mib(self) -> dict[str, float]:
         peaks = {"driver": own_peak_memory_mib()}
-        actors = {"central": self._central, **{f"simulator-{w.number}": w.actor for w in self._workers}}
+        actors = {"central": self._central, **{f"simulator-{slot.number}": slot.actor for slot in self._pool.living}}
         for name, actor in actors.items():
             with contextlib.suppress(RayError):  # one that died after the last round has nothing left to tell
                 peaks[name] = ray.get(actor.peak_memory_mib.remote(), timeout=30)
         return peaks
 
     def close(self) -> None:
-        for worker in getattr(self, "_workers", []):
-            ray.kill(worker.actor)
+        if hasattr(self, "_pool"):
+            for slot in self._pool.slots:
+                if slot.actor is not None:
+                    ray.kill(slot.actor)
         if hasattr(self, "_central"):
             ray.kill(self._central)
         if self._own_cluster:
             ray.shutdown()
 
 
-def _connect(config: Any, name: str) -> bool:
-    """Joins the cluster that is named or running, else starts one; true if this process started it."""
-    if ray.is_initialized():
+def _awaited(slot: Slot) -> Any:
+    """The reference to what is expected next of a simulator; ``None``: nothing is."""
+    if slot.state == "starting":
+        return slot.answer
+    if not slot.pieces:
+        return None
+    flight = slot.pieces[0].flight
+    return flight.facts if flight.payload is None else flight.payload
+
+
+def _is_there(reference: Any) -> bool:
+    return bool(ray.wait([reference], timeout=0, fetch_local=False)[0])
+
+
+def _whole(reference: Any) -> bool:
+    """Whether a result can still be fetched; only asked after a fault, for it brings the result to the driver."""
+    try:
+        ray.get(reference)
+    except RayError:
         return False
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
-    quiet: dict[str, Any] = {"namespace": name, "logging_level": "warning", "log_to_driver": True}
-    if address and address != "local":
-        ray.init(address=address, **quiet)
-    else:
-        cores = config.simulators * config.threads or None  # None: Ray counts them, in containers too
-        # Ray's own words on its token, each time anew; ours are in `describe`.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        # "local" said out loud: a bare init joins whatever cluster a stale file in its temporary folder names.
-        ray.init(address="local", num_cpus=cores, include_dashboard=config.dashboard, **quiet)
     return True
 
 
-def _size_pool(config: Any) -> tuple[float, int]:
+def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str, str] | None = None) -> bool:
+    """Joins the cluster that is named or running, else starts one; true if it ends with this process's part in it.
+
+    ``cpus``: of the one that is started; 0: as many as the machine has.
+    """
+    if ray.is_initialized():
+        return False
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    quiet: dict[str, Any] = {
+        "job_config": JobConfig(metadata=metadata),
+        "namespace": name,
+        "logging_level": "warning",
+        "log_to_driver": True,
+    }
+    if address and address != "local":
+        ray.init(address=address, **quiet)
+    else:
+        # Ray's own words on its token, each time anew; ours are in `describe`.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        # "local" said out loud: a bare init joins whatever cluster a stale file in its temporary folder names.
+        ray.init(address="local", num_cpus=cpus or None, include_dashboard=config.dashboard, **quiet)
+    return True
+
+
+def gpu_fraction(config: BackendConfig) -> float:
+    """The share of a GPU that a simulator takes; 0 in a cluster without GPUs."""
+    return (config.gpu_fraction or 1 / config.per_gpu) if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _size_pool(config: BackendConfig) -> tuple[float, int]:
     """The share of a GPU that a simulator takes (0 without GPUs), and the number of simulators."""
-    resources = ray.cluster_resources()
+    resources, fraction = ray.cluster_resources(), gpu_fraction(config)
+    if ray.util.get_current_placement_group() is not None:  # a run of a sweep: its actors land in its own group
+        return fraction, config.simulators or 1
     gpus = int(resources.get("GPU", 0))
-    fraction = (config.gpu_fraction or 1 / config.per_gpu) if gpus else 0.0
     most = gpus * math.floor(1 / fraction + 1e-6) if gpus else int(resources.get("CPU", 1)) // config.threads
     wanted = config.simulators or max(1, most)
     if wanted > max(1, most):
@@ -333,8 +475,15 @@ def dashboard_url() -> str:
 
 
 def _is_fault(error: RayError) -> bool:
-    """True unless it is an exception of the code that ran: a task whose argument was lost wears one of Ray's own."""
-    return not isinstance(error, RayTaskError) or isinstance(error.cause, RayError)
+    """True unless it is an exception of the code that ran."""
+    return not isinstance(error, RayTaskError) or _lost_argument(error)
+
+
+def _lost_argument(error: RayError) -> bool:
+    """True where a task could not begin: it then wears the error of its argument, one of Ray's own."""
+    # Plain RayError: Ray's stand-in for an exception of the code that cannot be pickled.
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    return isinstance(cause, RayError) and type(cause) is not RayError
 
 
 def _own_error(error: RayError, stage: str, round: int, block: Block) -> FedsimError:
@@ -343,10 +492,6 @@ def _own_error(error: RayError, stage: str, round: int, block: Block) -> FedsimE
     if isinstance(cause, FedsimError):
         return cause
     return ClientError(stage, round, list(block), str(error))
-
-
-def _central_died(round: int, error: RayError) -> FedsimError:
-    return FedsimError(f"round {round + 1}: the central actor died ({_first_line(error)})")
 
 
 def _first_line(error: BaseException) -> str:

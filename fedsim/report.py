@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import timm
 import yaml
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from fedsim import config as configuration
 from fedsim import registry
 from fedsim.algorithm import Algorithm
+from fedsim.comparison import MEASURES, Row, Task, by_client, over_seeds, shown, signed, tasks
 from fedsim.config import Config
 from fedsim.env import Env
 from fedsim.errors import OutputError
 from fedsim.loop import write_atomically
 from fedsim.plan import prepare
+from fedsim.results import class_counts, find, flat_summary, read
 from fedsim.run import output_folder
-from fedsim.tracking import size
-
-# A terminal has 80 columns; the rest is in the CSV.
-_SHOWN = ("run", "mean", "std", "p10", "min", "sent", "global", "bytes_up", "seconds")
-# Of a sweep's runs; with the heading of the column.
-_MEASURES = {
-    **{"accuracy.mean": "mean", "accuracy.sent": "sent", "accuracy.global": "global", "accuracy.p10": "p10"},
-    **{"bytes.up": "bytes up", "bytes.down": "bytes down", "seconds.total": "seconds"},
-}
 
 
 def print_plan(config: Config) -> None:
@@ -78,22 +71,103 @@ def first_line(described: type) -> str:
     return (described.__doc__ or "").strip().splitlines()[0] if described.__doc__ else ""
 
 
-def report(folders: list[Path], out: Path, console: Console) -> None:
-    """Compares finished runs: a table, ``comparison.csv``, and ``curves.png`` where matplotlib is installed.
+def report(paths: Sequence[Path], out: Path, console: Console) -> None:
+    """Compares finished runs: a table, CSV files, and, where the extra ``report`` is installed, a page with pictures.
+
+    Args:
+        paths: run folders, and folders of run folders such as a sweep's; what is no finished run is said and left out.
+        out: folder for the files: ``comparison.csv`` (a line a run), ``table.csv`` (a line a row of the table),
+            ``clients.csv`` (a line a client of a run), ``index.html`` and the pictures as PNG.
+        console: for a person.
 
     Raises:
-        OutputError: a folder is no finished run.
+        OutputError: there is no finished run at all, or ``out`` cannot be written.
     """
-    runs = [(folder, finished(folder)) for folder in folders]
-    rows = sorted((_row(folder, summary) for folder, summary in runs), key=lambda row: -row["mean"])
-    table = _columns([column.replace("_", " ") for column in _SHOWN])
-    for row in rows:
-        table.add_row(*(shown(column, row[column]) for column in _SHOWN))
-    console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "comparison.csv", rows)
-    drawn = " and curves.png" if _draw([folder for folder, _ in runs], out / "curves.png") else ""
-    console.print(f"comparison.csv{drawn} in {out}", highlight=False, soft_wrap=True)
+    runs, skipped = [], []
+    for folder in find(paths):
+        try:
+            runs.append(read(folder))
+        except OutputError as error:
+            skipped.append(str(error))
+    if not runs:
+        raise OutputError("\n".join(skipped) or f"{paths[0]}: no run folder")
+    for line in skipped:
+        console.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
+    compared = tasks(runs)
+    rows = [[_row(task, row) for row in task.rows] for task in compared]
+    for task, own in zip(compared, rows, strict=True):
+        console.print(f"[bold]{escape(task.label)}[/bold]", highlight=False)
+        console.print(_paired_table(own))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "comparison.csv", [{"run": run.folder.name, **run.summary} for run in runs])
+        write_csv(out / "table.csv", [row for own in rows for row in own])
+        write_csv(out / "clients.csv", _client_rows(compared))
+        page = _write_page(out, compared, skipped)
+    except OSError as error:
+        raise OutputError(f"--out: {out} cannot be written to ({error.strerror})") from None
+    console.print(f"{page or 'comparison.csv, table.csv and clients.csv'} in {out}", highlight=False, soft_wrap=True)
+    if page is None:
+        console.print('no page: it takes matplotlib and jinja2; pip install "fedsim-ray[report]"', markup=False)
+
+
+def _row(task: Task, row: Row) -> dict[str, Any]:
+    """A line of ``table.csv``."""
+    difference = task.difference(row)
+    swept = {"task": task.label, "seeds": " ".join(str(run.seed) for run in row.runs)}
+    return {
+        **over_seeds_row(row.label, swept, [run.summary for run in row.runs]),
+        "difference": difference and difference.mean,
+        "difference.error": difference and difference.standard_error,
+        "difference.seeds": difference and len(difference.by_seed),
+        "clients.better": difference and difference.better,
+        "clients.worse": difference and difference.worse,
+    }
+
+
+def _paired_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What of ``table.csv`` fits into 80 columns."""
+    table = _columns(["means over seeds", "n", "accuracy", "to the best", "p10", "sent", "up", "seconds"])
+    table.columns[0].overflow = "fold"
+    for number, row in enumerate(rows):
+        n, measures = row["difference.seeds"], ("accuracy.p10", "accuracy.sent", "bytes.up", "seconds.total")
+        against = "best" if number == 0 else "–" if n is None else signed(row["difference"], row["difference.error"])
+        cells = [row["runs"], str(row["n"]), shown("accuracy", row["accuracy.mean"]), against]
+        cells += [shown(measure, row[measure]) for measure in measures]
+        table.add_row(*map(Text, cells), style=None if number else "bold")
+    table.caption = "to the best: paired over seeds, ± standard error"
+    return table
+
+
+def _client_rows(compared: Sequence[Task]) -> list[dict[str, Any]]:
+    return [
+        {"task": task.label, "row": row.label, "seed": run.seed, **line}
+        for task in compared for row in task.rows for run in row.runs for line in by_client(run).values()
+    ]  # fmt: skip
+
+
+def _write_page(out: Path, compared: Sequence[Task], skipped: Sequence[str]) -> str | None:
+    """Writes ``index.html`` and the PNG files; what to say of them. ``None`` where what draws is not installed."""
+    try:
+        from fedsim import figures, page
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        return None
+    counts = [_counts(task) for task in compared]
+    pictures = [
+        figures.draw(task, known, out, f"{number}-" if len(compared) > 1 else "")
+        for number, (task, known) in enumerate(zip(compared, counts, strict=True), 1)
+    ]
+    write_atomically(out / "index.html", page.render(compared, pictures, counts, skipped))
+    return f"index.html, {sum(map(len, pictures))} pictures and three CSV files"
+
+
+def _counts(task: Task) -> np.ndarray | None:
+    """Of the run whose clients the page names."""
+    run = task.best.by_seed[task.shared_seed]
+    counts = class_counts(run.folder)
+    return counts if counts is not None and len(counts) == len(run.clients["client"]) else None
 
 
 def _columns(names: Sequence[str]) -> Table:
@@ -113,40 +187,28 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def finished(folder: Path) -> dict[str, Any]:
-    """``summary.json`` of a finished run.
-
-    Raises:
-        OutputError: the folder is none of a run that has finished.
-    """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise OutputError(f"{folder}: not a finished run (no summary.json)") from None
-    if not summary.get("accuracy"):
-        raise OutputError(f"{folder}: the run ended before its first evaluation ({summary.get('status')})")
-    if summary["status"] != "finished":
-        raise OutputError(f"{folder}: not a finished run ({summary['status']}); python -m fedsim resume {folder}")
-    return summary
+def over_seeds_row(label: str, swept: Mapping[str, str], summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A line of ``table.csv``: means, and sample standard deviations of two runs or more."""
+    row: dict[str, Any] = {"runs": label, **swept, "n": len(summaries)}
+    for measure in MEASURES:
+        row[measure], row[f"{measure}.std"] = over_seeds([summary.get(measure) for summary in summaries])
+    return row
 
 
-def _row(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    accuracy = summary["accuracy"]
-    own = {key: accuracy[key] for key in ("mean", "std", "p10", "min", "sent", "global")}
-    cost = {"bytes_up": summary["bytes"]["up"], "bytes_down": summary["bytes"]["down"]}
-    speed = {"seconds": summary["seconds"]["total"], "updates/s": summary["updates_per_second"]}
-    what = {key: summary[key] for key in ("algorithm", "seed", "rounds")}
-    return {"run": folder.name, **what, **own, **cost, **speed}
-
-
-def shown(column: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    if column.startswith("bytes"):
-        return size(value)
-    if column.startswith(("seconds", "updates")):
-        return f"{value:.1f}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def seeds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of ``table.csv`` for a person."""
+    table = _columns(["mean ± std over n runs", "n", *MEASURES.values()])
+    best = max((row["accuracy.mean"] for row in rows if row["accuracy.mean"] is not None), default=None)
+    for row in rows:
+        cells = [row["runs"], str(row["n"])]
+        for measure in MEASURES:
+            std = row[f"{measure}.std"]
+            cells.append(shown(measure, row[measure]) + (f" ± {shown(measure, std)}" if std else ""))
+        is_best = best is not None and row["accuracy.mean"] == best
+        cells[2] += " *" if is_best else "  "
+        table.add_row(*(Text(cell) for cell in cells), style="bold" if is_best else None)
+    table.caption = "* the best mean"
+    return table
 
 
 # Of a sweep ----------------------------------------------------------------------------------------------------------
@@ -163,22 +225,6 @@ class SweptRun(Protocol):
     def swept(self) -> Mapping[str, str]: ...
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"accuracy": {"mean": 0.5}}`` as ``{"accuracy.mean": 0.5}``."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
-def flat_summary(folder: Path) -> dict[str, Any]:
-    """``summary.json`` of a finished run, flat; nothing of any other."""
-    try:
-        return flat(finished(folder))
-    except OutputError:
-        return {}
-
-
 def write_results(out: Path, runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     """Writes ``results.csv``, a row a run, and ``table.csv``: over seeds, of the runs that have finished; its rows."""
     summaries = [flat_summary(out / run.name) for run in runs]
@@ -191,57 +237,9 @@ def write_results(out: Path, runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
     for run, summary in pairs:
         if summary:
             groups.setdefault(run.label, []).append((run, summary))
-    rows = [_over_seeds(group) for group in groups.values()]
+    rows = []
+    for label, group in groups.items():
+        swept = {key: text for key, text in group[0][0].swept.items() if key != "seed"}
+        rows.append(over_seeds_row(label, swept, [summary for _, summary in group]))
     write_csv(out / "table.csv", rows)
     return rows
-
-
-def _over_seeds(group: Sequence[tuple[SweptRun, dict[str, Any]]]) -> dict[str, Any]:
-    """Means, and sample standard deviations of two runs or more."""
-    first = group[0][0]
-    swept = {key: text for key, text in first.swept.items() if key != "seed"}
-    row: dict[str, Any] = {"runs": first.label, **swept, "n": len(group)}
-    for measure in _MEASURES:
-        values: list[Any] = [summary.get(measure) for _, summary in group]
-        known = None not in values  # the mean over some of the seeds would be of something else
-        row[measure] = statistics.fmean(values) if known else None
-        row[f"{measure}.std"] = statistics.stdev(values) if known and len(values) > 1 else None
-    return row
-
-
-def seeds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of ``table.csv`` for a person."""
-    table = _columns(["mean ± std over n runs", "n", *_MEASURES.values()])
-    best = max((row["accuracy.mean"] for row in rows if row["accuracy.mean"] is not None), default=None)
-    for row in rows:
-        cells = [row["runs"], str(row["n"])]
-        for measure in _MEASURES:
-            std = row[f"{measure}.std"]
-            cells.append(shown(measure, row[measure]) + (f" ± {shown(measure, std)}" if std else ""))
-        is_best = best is not None and row["accuracy.mean"] == best
-        cells[2] += " *" if is_best else "  "
-        table.add_row(*(Text(cell) for cell in cells), style="bold" if is_best else None)
-    table.caption = "* the best mean"
-    return table
-
-
-def _draw(folders: list[Path], path: Path) -> bool:
-    """Accuracy against rounds and, sorted, of every client; false where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    curves, clients = figure.subplots(1, 2)
-    for folder in folders:
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        points = [(record["round"], record["accuracy"]["mean"]) for record in records if "accuracy" in record]
-        curves.plot(*zip(*points, strict=True), marker=".", label=folder.name)
-        with (folder / "clients.csv").open(encoding="utf-8") as file:
-            accuracies = sorted(float(row["accuracy"]) for row in csv.DictReader(file))
-        clients.plot([100 * i / max(1, len(accuracies) - 1) for i in range(len(accuracies))], accuracies)
-    curves.set(xlabel="round", ylabel="accuracy, mean over clients")
-    clients.set(xlabel="clients, worst to best (%)", ylabel="accuracy")
-    curves.legend()
-    figure.savefig(path, dpi=120)
-    return True

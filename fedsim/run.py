@@ -9,25 +9,27 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
+from torch import Tensor
 
-from fedsim import __version__, checkpoint
-from fedsim.backend import Backend, make_backend
+from fedsim import __version__, checkpoint, tracking
+from fedsim.backend import Backend, LocalBackend, make_backend
 from fedsim.config import Config, load, to_tree
 from fedsim.env import save_partition
-from fedsim.errors import CheckpointError, FedsimError, OutputError
+from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError
 from fedsim.loop import Progress, run_rounds, summarise, write_atomically, write_results
 from fedsim.plan import Plan, prepare
-from fedsim.tracking import ConsoleProgress, JsonLines, TensorBoard, Tracker, closing_table
+from fedsim.tracking import Tracker, closing_table
 
+MOST_RESTARTS = 3  # of a central actor that is lost again and again before another round is done
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "omegaconf")
 
 
@@ -38,27 +40,42 @@ class Result:
     folder: Path
     summary: dict[str, Any]
 
+    def adapters(self, client: int) -> dict[str, Tensor]:
+        """A client's adapters and head as a state dict with timm's names; see ``fedsim/export.py``.
 
-def run(config: Config, console: Console | None = None) -> Result:
+        Raises:
+            UserError: there is no such client, or the algorithm predicts with more than these.
+        """
+        from fedsim.export import personal_model  # which restores the run by what is below
+
+        return personal_model(self.folder, client).tensors
+
+
+def run(config: Config, console: Console | None = None, trackers: Sequence[Tracker] = ()) -> Result:
     """Runs a simulation into a new run folder.
+
+    Args:
+        config: what to run.
+        console: for a person; default: none.
+        trackers: more places where each round's metrics go, after those of the run folder.
 
     Raises:
         UserError: a mistake in configuration, data, weights or output; nothing was written then.
     """
     console = console or Console(quiet=True)
     folder = output_folder(config)
+    tracking.refuse_missing(config.tracking)
     plan = prepare(config)
-    progress = Progress(0, [0] * plan.workload.data.num_clients)
-    backend = make_backend(plan.workload, plan.params, folder.name)
+    backend = make_backend(plan.workload, plan.params, str(folder))
     try:
         _create(folder, plan)
-        return _go(plan, backend, folder, progress, console)
+        return _go(plan, backend, folder, _restored(plan, backend, None), console, trackers)
     finally:
         backend.close()
 
 
-def resume(folder: Path, console: Console | None = None) -> Result:
-    """Goes on from the newest valid checkpoint of a run folder; a run without one starts over.
+def resume(folder: Path, console: Console | None = None, trackers: Sequence[Tracker] = ()) -> Result:
+    """Goes on from the newest valid checkpoint of a run folder; a run without one starts over. Arguments as of ``run``.
 
     Raises:
         OutputError: it is no run folder.
@@ -68,52 +85,111 @@ def resume(folder: Path, console: Console | None = None) -> Result:
     if not (folder / "config.yaml").is_file():
         raise OutputError(f"{folder}: not a run folder (no config.yaml)")
     config = load(folder / "config.yaml")
+    tracking.refuse_missing(config.tracking)
+    newest = _newest(folder, console)
+    plan = prepare(config)
+    _refuse_other_inputs(folder, plan)
+    backend = make_backend(plan.workload, plan.params, str(folder))
+    try:
+        progress = _restored(plan, backend, newest)
+        backend.failures = replace(backend.failures, **progress.failures)
+        console.print(f"resuming {folder} after round {progress.round} of {config.rounds}", highlight=False)
+        return _go(plan, backend, folder, progress, console, trackers)
+    finally:
+        backend.close()
+
+
+@contextmanager
+def restored(folder: Path, console: Console) -> Iterator[tuple[Plan, LocalBackend, int]]:
+    """A run as its newest valid checkpoint left it, in this process: its plan, its back end, and the rounds done.
+
+    Raises:
+        OutputError: it is no run folder.
+        CheckpointError: no checkpoint can be read, or the data or the backbone are not those of the run.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise OutputError(f"{folder}: not a run folder (no config.yaml)")
+    newest = _newest(folder, console)
+    if newest is None:
+        raise CheckpointError(f"{folder}: the run has no checkpoint yet")
+    config = load(folder / "config.yaml")
+    plan = prepare(replace(config, backend=replace(config.backend, name="local")))
+    _refuse_other_inputs(folder, plan)
+    backend = LocalBackend(plan.workload, plan.params)
+    try:
+        yield plan, backend, _restored(plan, backend, newest).round
+    finally:
+        backend.close()
+
+
+def _newest(folder: Path, console: Console) -> Path | None:
+    """The newest valid checkpoint of a run; ``None``: it has made none yet.
+
+    Raises:
+        CheckpointError: all that there are cannot be read.
+    """
     newest, damaged = checkpoint.newest(folder / "checkpoints")
     for line in damaged:
         console.print(f"skipped: {line}", highlight=False)
     if newest is None and damaged:
         raise CheckpointError(f"{folder}: no valid checkpoint is left")
-    plan = prepare(config)
-    _refuse_other_inputs(folder, plan)
-    backend = make_backend(plan.workload, plan.params, folder.name)
-    try:
-        progress = Progress(0, [0] * plan.workload.data.num_clients)
-        if newest is not None:
-            progress = Progress(**backend.load(newest))
-            backend.failures = replace(backend.failures, **progress.failures)
-        console.print(f"resuming {folder} after round {progress.round} of {config.rounds}", highlight=False)
-        return _go(plan, backend, folder, progress, console)
-    finally:
-        backend.close()
+    return newest
 
 
-def _go(plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console) -> Result:
+def _restored(plan: Plan, backend: Backend, newest: Path | None) -> Progress:
+    """Where the checkpoint stands, with the back end's server brought there; without one: the start."""
+    return Progress(**backend.load(newest)) if newest else Progress(0, [0] * plan.workload.data.num_clients)
+
+
+def _go(
+    plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, more: Sequence[Tracker]
+) -> Result:
     console.print(backend.describe(), highlight=False, soft_wrap=True)
     blocks = len(plan.blocks(plan.sample_cohort(0)))
     if blocks < backend.simulators:
         console.print(f"only {blocks} of {backend.simulators} simulators have work: lower backend.block_size")
-    trackers: list[Tracker] = [
-        JsonLines(folder / "metrics.jsonl", progress.metrics_bytes),
-        TensorBoard(folder / "tensorboard", progress.round),
-        ConsoleProgress(console, plan.workload.config.rounds, progress.round),
-    ]
+    losses, furthest = 0, progress.round
     try:
         # Set after Ray has started, which sets a handler of its own.
-        with terminate_as_interrupt(signal.SIGTERM):
-            run_rounds(plan, backend, folder, trackers, progress)
+        with stoppable(backend):
+            while True:
+                try:
+                    if losses:
+                        backend.rebuild()
+                        progress = _restored(plan, backend, _newest(folder, console))
+                    _play(plan, backend, folder, progress, console, more)
+                    break
+                except CentralLostError as error:
+                    losses = 1 if progress.round > furthest else losses + 1
+                    furthest = max(furthest, progress.round)
+                    if losses > MOST_RESTARTS:
+                        raise
+                    backend.failures.central_restarted += 1
+                    console.print(f"{error}; going on from the newest checkpoint", highlight=False, soft_wrap=True)
     except (KeyboardInterrupt, FedsimError) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        progress.failures = asdict(backend.failures)
         write_results(folder, plan, progress, summarise(plan, progress, {}, status))
         console.print(f"{status}; go on with: python -m fedsim resume {folder}", highlight=False, soft_wrap=True)
         raise
-    finally:
-        for tracker in trackers:
-            tracker.close()
     summary = summarise(plan, progress, backend.peak_memory_mib(), "finished")
     write_results(folder, plan, progress, summary)
     console.print(closing_table(summary))
     console.print(f"results in {folder}", highlight=False, soft_wrap=True)
     return Result(folder, summary)
+
+
+def _play(
+    plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, more: Sequence[Tracker]
+) -> None:
+    """The rounds that are left, with trackers that begin where ``progress`` stands."""
+    begun = tracking.start(plan.workload, backend, folder, progress.round, progress.metrics_bytes, console)
+    trackers = [*begun, *more]
+    try:
+        run_rounds(plan, backend, folder, trackers, progress)
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
 def output_folder(config: Config) -> Path:
@@ -122,6 +198,12 @@ def output_folder(config: Config) -> Path:
     Raises:
         OutputError: it exists, or cannot be written.
     """
+    joined = config.backend.address or os.environ.get("RAY_ADDRESS", "")
+    if config.backend.name == "ray" and joined not in ("", "local") and not Path(config.output).is_absolute():
+        raise OutputError(
+            f"output: {config.output or 'runs/…'} is relative, which on the nodes of the cluster {joined} are as many "
+            "folders; give the absolute path of one that all nodes see"
+        )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or f"runs/{stamp}-{config.algorithm.name.rpartition(':')[2]}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -141,7 +223,7 @@ def _create(folder: Path, plan: Plan) -> None:
     tree = to_tree(replace(plan.workload.config, output=""))
     tree["about"] = {**plan.about, "versions": versions(), "commit": commit(), "python": platform.python_version()}
     data = plan.workload.data
-    save_partition(folder / "partition.npz", data.train, data.test, data.about)
+    save_partition(folder / "partition.npz", data.train, data.test, data.about, data.labels)
     write_atomically(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False))
 
 
@@ -172,13 +254,35 @@ def commit() -> str | None:
 @contextmanager
 def terminate_as_interrupt(*kinds: signal.Signals) -> Iterator[None]:
     """These signals, where they are not ignored (nohup), end the main thread's work like Ctrl-C."""
+    with _handling(dict.fromkeys(kinds, signal.default_int_handler)):
+        yield
+
+
+@contextmanager
+def stoppable(backend: Backend) -> Iterator[None]:
+    """The first Ctrl-C ends the work when the blocks in flight are done; a second one, or SIGTERM, ends it now."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        if backend.stopping:
+            raise KeyboardInterrupt
+        backend.stopping = True
+        # No print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after the blocks in flight; Ctrl-C again stops now\n")
+
+    with _handling({signal.SIGINT: interrupt, signal.SIGTERM: signal.default_int_handler}):
+        yield
+
+
+@contextmanager
+def _handling(handlers: Mapping[signal.Signals, Callable[[int, Any], Any]]) -> Iterator[None]:
+    """Handlers of signals, in the main thread, for those that are not ignored."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for kind in kinds:
+        for kind, handler in handlers.items():
             if signal.getsignal(kind) is not signal.SIG_IGN:
-                before[kind] = signal.signal(kind, signal.default_int_handler)
+                before[kind] = signal.signal(kind, handler)
     try:
         yield
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for kind, handler_before in before.items():
+            signal.signal(kind, handler_before)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim import checkpoint
 from fedsim.algorithm import Cohort, State
 from fedsim.errors import CheckpointError, ClientError
+from fedsim.journal import Journal, Journaled, Latest
 from fedsim.rng import torch_stream
 from fedsim.simulator import Facts, Workload, guarded, refuse_other_axes
 from fedsim.store import Store
@@ -31,6 +32,9 @@ class Server:
         self.state = guarded("init_server", 0, nobody, lambda: self.algorithm.init_server(params, generator))
         template = guarded("init_client", 0, nobody, lambda: self.algorithm.init_client(params))
         self.store = Store(template, workload.data.num_clients)
+        self.rounds_taken = Store({"rounds": torch.tensor(0)}, workload.data.num_clients)
+        self.evaluated = Latest()
+        self._journal: Journal | None = None
         # A checkpoint of another run is told by these.
         self.run = {"algorithm": workload.config.algorithm.name, "clients": workload.data.num_clients, "d": len(params)}
 
@@ -67,6 +71,7 @@ class Server:
             return state
 
         self.state = guarded("aggregate", round, tuple(ids.tolist()), apply)
+        self.rounds_taken.write(ids.numpy(), {"rounds": self.rounds_taken.read(ids.numpy())["rounds"] + 1})
         bytes_up = sum(value.numel() * value.element_size() for value in update.values())
         return {
             "bytes_up": bytes_up,
@@ -74,13 +79,27 @@ class Server:
             "seconds": self.state.get("seconds", {}),
         }
 
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Writes a checkpoint of the server, the store and the driver's ``facts``."""
-        server = {key: _captured(value) for key, value in self.state.items()}
-        checkpoint.save(folder, {"run": self.run, "server": server, "store": self.store.state_dict(), "facts": facts})
+        """Writes a checkpoint of the server, of what clients keep, and of the driver's ``facts``.
+
+        What grows with the population is written where it changed since the last checkpoint. Of it the driver sends
+        ``facts["evaluated"]``, arrays ``[C]``, once after an evaluation; ``rounds_taken`` is counted here.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        facts = dict(facts)
+        if evaluated := facts.pop("evaluated", {}):
+            self.evaluated.set({name: torch.tensor(value) for name, value in evaluated.items()})
+        server = {key: _captured(value) for key, value in self.state.items() if not isinstance(value, Journaled)}
+        tree = {"run": self.run, "server": server, "facts": facts}
+        before, self._journal = self._journal, None  # should this one fail
+        self._journal = checkpoint.save(folder, tree, self._journaled(), before)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores a checkpoint and returns the driver's facts.
+        """Restores a checkpoint and returns the driver's facts, with ``evaluated`` and with ``rounds_taken [N]``.
 
         Raises:
             CheckpointError: it is damaged, or of another run.
@@ -94,10 +113,17 @@ class Server:
                     self.state[key].load_state_dict(value)
                 else:
                     self.state[key] = value
-            self.store.load_state_dict(saved["store"])
-            return saved["facts"]
+            self._journal = None
+            checkpoint.replay(folder, self._journaled())
+            taken = self.rounds_taken.read(np.arange(len(self.sizes)))["rounds"].tolist()
+            evaluated = {name: value.numpy() for name, value in self.evaluated.value.items()}
+            return {**saved["facts"], "rounds_taken": taken, "evaluated": evaluated}
         except Exception as error:  # an algorithm's own load_state_dict raises whatever it likes
             raise CheckpointError(f"{folder}: does not fit this run: {type(error).__name__}: {error}") from error
+
+    def _journaled(self) -> dict[str, Journaled]:
+        own = {"rows": self.store, "rounds_taken": self.rounds_taken, "evaluated": self.evaluated}
+        return own | {f"server.{key}": value for key, value in self.state.items() if isinstance(value, Journaled)}
 
 
 def _captured(value: Any) -> Any:

@@ -85,8 +85,8 @@ class Simulator:
 
         Returns:
             Facts with ``total [C]``, the test samples, and the correct ones under ``sent``, ``personal`` and,
-            where there is an average, ``global``; for a block of clients that never train also ``adapted``, what was
-            sent after one local epoch, which is the same for all algorithms.
+            where there is an average, ``global``; where some clients never train, also ``adapted``: for these, what was
+            sent after one local epoch, the same for all algorithms; NaN for the others.
 
         Raises:
             ClientError: the algorithm failed, or gave models that cannot be run.
@@ -102,7 +102,8 @@ class Simulator:
             fresh = self._context(round, ids, "adapt")
             models["adapted"] = guarded("evaluate", round, ids, lambda: fresh.sgd(sent, epochs=1))
         total, correct = guarded("evaluate", round, ids, lambda: self._score(ctx, models))
-        return {"ids": np.array(ids), "total": total, **correct}
+        unknown = {"adapted": np.full(len(ids), np.nan)} if self.unseen else {}
+        return {"ids": np.array(ids), "total": total, **unknown, **correct}
 
     def _score(
         self, ctx: LocalContext, models: dict[str, Tensor | Predictor]

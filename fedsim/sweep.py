@@ -1,89 +1,103 @@
-"""Many runs from one command, one table at the end; ``fedsim/grid.py`` says which runs.
+"""Many runs on one Ray cluster, one table at the end; ``fedsim/grid.py`` says which runs.
 
-Each run is a child process: a crash of one must not stop the others, and Ray starts once a process. Only
-``in_children`` knows of processes; the rest holds wherever the runs are executed.
+Ray Tune gives every run a process and a placement group of its own, starts as many as fit, starts those again that
+crash, which then go on from their checkpoints, and, where asked, stops early those that fall behind. Only ``_on_tune``
+and below know of Tune; the rest holds wherever runs are executed. Data, cached tokens and pre-trained backbones lie in
+the cache's files, of which a machine holds one copy in memory.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import ray
+from ray import tune
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from fedsim import config as configuration
+from fedsim.comparison import shown
 from fedsim.config import Config
-from fedsim.errors import ConfigError, OutputError
-from fedsim.grid import Run, Settings, Sweep, load, overrides
+from fedsim.errors import ConfigError, FedsimError, OutputError
+from fedsim.grid import Run, Settings, Sweep, load
 from fedsim.loop import write_atomically
-from fedsim.report import flat, flat_summary, seeds_table, shown, write_results
-from fedsim.run import terminate_as_interrupt
+from fedsim.ray_backend import connect, gpu_fraction
+from fedsim.report import report, seeds_table, write_results
+from fedsim.results import flat, flat_summary
+from fedsim.run import resume, run, terminate_as_interrupt
+from fedsim.tracking import Record
 
 LOCK = ".lock"
-POLL_S = 0.2
-GRACE_S = 30.0  # that a run has to end when it is told to
+RETRIES = 2  # of a run whose process died
+STOPPED = "stopped"  # a file in the folder of a run that was stopped early: after which round
+HALVING = 3  # of so many runs one goes on
 
 
-def run_sweep(sweep: Sweep, configs: Mapping[str, Config], out: Path, jobs: int, console: Console, again: str) -> bool:
-    """Runs what has not finished yet; true if every run has finished then.
+def run_sweep(
+    sweep: Sweep,
+    configs: Mapping[str, Config],
+    out: Path,
+    console: Console,
+    again: str,
+    jobs: int | None = None,
+    early_stop: bool = False,
+) -> bool:
+    """Runs what has not finished yet; true if every run has finished then, or was stopped early.
 
     Args:
         sweep, configs: what ``plan`` found.
         out: the sweep's folder; where it holds this sweep already, that one goes on.
-        jobs: most runs at a time.
         console: for a person.
         again: the command that goes on.
+        jobs: most runs at a time; default: as many as the cluster has room for.
+        early_stop: stop runs whose accuracy falls behind that of others after as many rounds (ASHA).
 
     Raises:
         OutputError: ``out`` is of something else, or in use, or cannot be written.
-        ConfigError: ``out`` holds runs of another configuration.
+        ConfigError: ``out`` holds runs of another configuration, or early stopping would look at the test split.
     """
+    if early_stop and not all(config.eval.validation for config in configs.values()):
+        raise ConfigError(["--early-stop: would choose by the test split; set eval.validation=0.2"])
     runs = sweep.runs()
     _refuse_other(out, sweep, configs)
-    with _alone(out) as lock, terminate_as_interrupt(signal.SIGTERM, signal.SIGHUP):
+    with _alone(out):
         write_atomically(out / "sweep.yaml", f"# {again}\n{sweep.to_yaml()}")
-        left = [run for run in runs if not flat_summary(out / run.name)]
-        _say(console, f"{len(runs)} runs, {len(runs) - len(left)} of them finished before; {jobs} at a time, in {out}")
+        left = [found for found in runs if not _ended(out / found.name)]
+        at_once = f"{jobs} at a time" if jobs else "as many at a time as fit"
+        _say(console, f"{len(runs)} runs, {len(runs) - len(left)} of them finished before; {at_once}, in {out}")
+        board = Board(runs, out, console)
         try:
-            with closing(in_children(left, sweep.config, out, jobs, lock)) as ended:
-                failed = _follow(ended, runs, len(left), out, console)
+            if left:
+                _on_tune({found.name: configs[found.name] for found in left}, out, board, jobs, early_stop)
         except KeyboardInterrupt:
             _say(console, f"interrupted; go on with: {again}")
             raise
+        finally:
+            board.close()
         rows = write_results(out, runs)
     if rows:
         console.print(seeds_table(rows))
-    for line in failed:
+        report([out], out / "report", Console(quiet=True))
+    for line in board.failed:
         _say(console, line)
-    _say(console, f"results.csv and table.csv in {out}" + (f"; try again with: {again}" if failed else ""))
-    return not failed
+    then = f"; try again with: {again}" if board.failed else ""
+    _say(console, f"results.csv, table.csv and the page report/index.html in {out}{then}")
+    return not board.failed
 
 
-def _follow(ended: Iterable[tuple[Run, int]], runs: Sequence[Run], left: int, out: Path, console: Console) -> list[str]:
-    """A line for each run as it ends; what to say of those that failed."""
-    failed = []
-    for number, (run, code) in enumerate(ended, len(runs) - left + 1):
-        summary = flat_summary(out / run.name)
-        if summary:
-            mean, seconds = (shown(key, summary[key]) for key in ("accuracy.mean", "seconds.total"))
-            _say(console, f"{number}/{len(runs)}  {run.name}  accuracy {mean}  {seconds} s")
-        else:
-            failed.append(f"failed: {run.name} ({_last_words(out / f'{run.name}.log', code)})")
-            _say(console, f"{number}/{len(runs)}  {run.name}  failed")
-        write_results(out, runs)
-    return failed
+def _ended(folder: Path) -> bool:
+    return bool(flat_summary(folder)) or (folder / STOPPED).is_file()
 
 
 def _say(console: Console, line: str) -> None:
@@ -121,8 +135,8 @@ def _resolved(config: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[int]:
-    """The lock of a sweep's folder. Its runs hold it, too: they outlive a sweep that is killed."""
+def _alone(out: Path) -> Iterator[None]:
+    """The lock of a sweep's folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("w")
@@ -132,67 +146,140 @@ def _alone(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"--out: {out} is in use by a sweep, or by a run that one left behind") from None
-        yield file.fileno()
+            raise OutputError(f"--out: {out} is in use by another sweep") from None
+        yield
 
 
-def in_children(
-    runs: Sequence[Run], config: str, out: Path, jobs: int, lock: int
-) -> Generator[tuple[Run, int], None, None]:
-    """Each run with its exit code, as it ends; at most ``jobs`` run at once. Closing it ends those that still run."""
-    waiting = deque(runs)
-    running: dict[subprocess.Popen[bytes], Run] = {}
+class Board(tune.Callback):
+    """What a person sees while the runs go on: a table of those that run, and a line for each that has ended.
+
+    Attributes:
+        failed: what to say of those that failed.
+    """
+
+    def __init__(self, runs: Sequence[Run], out: Path, console: Console) -> None:
+        self._runs, self._out, self._console = runs, out, console
+        self._ended = sum(_ended(out / found.name) for found in runs)
+        self._last: dict[str, dict[str, Any]] = {}
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self.failed: list[str] = []
+        if self._live:
+            self._live.start()
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, for a restoration that we do ourselves
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self._last[trial.config["run"]] = result
+        if self._live:
+            self._live.update(self._table(trials), refresh=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._end(trial.config["run"], "its process died; see its log")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        name = trial.config["run"]
+        self._end(name, self._last.get(name, {}).get("error", ""))
+
+    def _end(self, name: str, error: str) -> None:
+        self._ended += 1
+        where, summary, last = f"{self._ended}/{len(self._runs)}  {name}", flat_summary(self._out / name), self._last
+        if summary:
+            mean, seconds = (shown(key, summary[key]) for key in ("accuracy.mean", "seconds.total"))
+            _say(self._console, f"{where}  accuracy {mean}  {seconds} s")
+        elif error or name not in last:
+            self.failed.append(f"failed: {name} ({error or 'it did not begin; see its log'})")
+            _say(self._console, f"{where}  failed")
+        else:
+            write_atomically(self._out / name / STOPPED, f"{last[name]['round']}\n")
+            accuracy = shown("accuracy.mean", last[name]["accuracy"])
+            _say(self._console, f"{where}  accuracy {accuracy}  stopped after round {last[name]['round']}")
+        write_results(self._out, self._runs)
+
+    def _table(self, trials: Sequence[Any]) -> Table:
+        table = Table("run", "round", "accuracy", box=None)
+        for trial in trials:
+            name = trial.config["run"]
+            if trial.status == "RUNNING" and "round" in (last := self._last.get(name, {})):
+                table.add_row(name, str(last["round"]), shown("accuracy.mean", last["accuracy"]))
+        return table
+
+
+def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int | None, early_stop: bool) -> None:
+    """All runs, each as a trial."""
+    # Tune would move every run into a folder of its own, keep logs beside ours, and take Ctrl-C for itself.
+    own = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    os.environ.update(own)
+    most = max(config.rounds for config in configs.values())
+    every = max(config.eval.every for config in configs.values())
+    asha = tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)
+    trainable = tune.with_parameters(_trial, configs=dict(configs), out=out.absolute())
+    ours = connect(next(iter(configs.values())).backend, "sweep")
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.popleft()
-                running[_start(run, config, out, lock)] = run
-            ended = [process for process in running if process.poll() is not None]
-            if not ended:
-                time.sleep(POLL_S)
-            for process in ended:
-                yield running.pop(process), process.returncode
-    finally:
-        _end(list(running))
-
-
-def _start(run: Run, config: str, out: Path, lock: int) -> subprocess.Popen[bytes]:
-    folder = out / run.name
-    if (folder / "config.yaml").is_file():
-        command = ["resume", str(folder)]
-    else:
-        if not (folder / "metrics.jsonl").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # it was stopped before it began
-        command = ["run", config, *overrides(run.settings), f"output={folder}"]
-    with (out / f"{run.name}.log").open("ab", buffering=0) as log:
-        log.write(f"$ python -m fedsim {shlex.join(command)}\n".encode())
-        return subprocess.Popen(
-            [sys.executable, "-m", "fedsim", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is the sweep's, which ends its runs itself
-            pass_fds=(lock,),
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, lambda point: _resources(configs[point["run"]])),
+            param_space={"run": tune.grid_search(list(configs))},
+            tune_config=tune.TuneConfig(
+                metric="accuracy", mode="max", max_concurrent_trials=jobs, scheduler=asha if early_stop else None
+            ),
+            run_config=tune.RunConfig(
+                name=".tune",
+                storage_path=str(out.absolute()),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[board],
+                verbose=0,
+            ),
         )
+        with terminate_as_interrupt(signal.SIGTERM, signal.SIGHUP):  # Ray, when it starts, sets handlers of its own
+            tuner.fit()
+    finally:
+        if ours:
+            ray.shutdown()
+        shutil.rmtree(out / ".tune", ignore_errors=True)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Tells them to end, and ends the process groups of those that do not."""
-    try:
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for process in processes:
-            process.wait(max(0.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+def _resources(config: Config) -> tune.PlacementGroupFactory:
+    """A bundle for the run's own process, and one for each of its simulators."""
+    backend = config.backend
+    if backend.name == "local":
+        return tune.PlacementGroupFactory([{"CPU": backend.threads}])
+    share = gpu_fraction(backend)
+    unit = {"GPU": share} if share else {"CPU": float(backend.threads)}
+    return tune.PlacementGroupFactory([{}, *[unit] * (backend.simulators or 1)])
 
 
-def _last_words(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{cause}: {lines[-1].strip()}" if lines else cause
+def _trial(point: Mapping[str, str], configs: Mapping[str, Config], out: Path) -> None:
+    """One run, in a process of its own; its words go to its log."""
+    name = point["run"]
+    folder = out / name
+    with (out / f"{name}.log").open("a", encoding="utf-8", buffering=1) as log:
+        console = Console(file=log, width=160)
+        try:
+            if (folder / "config.yaml").is_file():
+                resume(folder, console, [ToTune()])
+            else:
+                if not (folder / "metrics.jsonl").exists():
+                    shutil.rmtree(folder, ignore_errors=True)  # it was stopped before it began
+                run(replace(configs[name], output=str(folder)), console, [ToTune()])
+        except Exception as error:  # the same again would end the same way; what Tune tries again is a process's death
+            told = f"fedsim: {error}" if isinstance(error, FedsimError) else traceback.format_exc()
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            tune.report({"error": str(error).partition("\n")[0], "round": 0, "accuracy": 0.0})
+
+
+class ToTune:
+    """A tracker that tells Tune how far a run is, and how good."""
+
+    def __init__(self) -> None:
+        self._accuracy = 0.0
+
+    def on_round(self, record: Record, accuracy: np.ndarray | None) -> None:
+        self._accuracy = record.get("accuracy", {}).get("mean", self._accuracy)
+        tune.report({"round": record["round"], "accuracy": self._accuracy})
+
+    def close(self) -> None:
+        pass

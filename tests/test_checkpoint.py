@@ -1,7 +1,8 @@
-"""Checkpoints: what is saved comes back; what is damaged is named."""
+"""Checkpoints: what is saved comes back; what is damaged is named. What is journaled: ``test_journal.py``."""
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from fedsim.checkpoint import folder_of, load, newest, prune, save
 from fedsim.errors import CheckpointError
 
-FILES = ("state.safetensors", "state.json", "manifest.json")
+FILES = ("state.safetensors", "state.json", "changes.journal", "manifest.json")
 
 
 def written(checkpoints: Path, *rounds: int) -> list[Path]:
@@ -98,13 +99,29 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     assert torch.equal(restored, parameter)
 
 
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = written(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        patch.setattr("fedsim.checkpoint._flush", full_disk)
+        written(tmp_path, 2)
+    told = f"{tmp_path / 'round-00002'}: cannot be written: [Errno 28] No space left on device"
+    assert str(caught.value) == told
+    assert newest(tmp_path) == (first, []) and list(tmp_path.iterdir()) == [first]
+
+
 def test_what_cannot_be_saved_is_named_and_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"a checkpoint cannot hold '/a/1', a set"):
         save(tmp_path / "c", {"a": [1, {2}]})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_but_the_three_files_is_left(tmp_path: Path) -> None:
+def test_nothing_but_the_four_files_is_left(tmp_path: Path) -> None:
     (folder,) = written(tmp_path, 7)
     assert folder == tmp_path / "round-00007"
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted((folder.name, *FILES))
@@ -163,7 +180,7 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
     assert refused(tmp_path / "round-00001").startswith(f"{tmp_path / 'round-00001'}: not a whole checkpoint")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "files": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2, "files": {}}'])
 def test_a_manifest_that_says_nothing(tmp_path: Path, text: str) -> None:
     (folder,) = written(tmp_path, 1)
     (folder / "manifest.json").write_text(text)
@@ -173,8 +190,8 @@ def test_a_manifest_that_says_nothing(tmp_path: Path, text: str) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     (folder,) = written(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    assert refused(folder) == f"{folder}: format 2, this version reads 1"
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    assert refused(folder) == f"{folder}: format 1, this version reads 2"
 
 
 def test_newest_passes_over_the_damaged_and_says_so(tmp_path: Path) -> None:

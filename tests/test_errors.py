@@ -8,12 +8,23 @@ import pickle
 import pytest
 
 from fedsim import errors
-from fedsim.errors import BlockFailedError, ClientError, ConfigError, FedsimError, UserError, nearest
+from fedsim.errors import (
+    BlockFailedError,
+    CentralLostError,
+    ClientError,
+    ConfigError,
+    FedsimError,
+    NoSimulatorsError,
+    UserError,
+    nearest,
+)
 
 EXAMPLES = {
     ConfigError: (["a: wrong", "b: wrong"],),
     ClientError: ("train", 2, [4, 7], "Traceback …\nValueError: no\n"),
     BlockFailedError: (0, [1, 2], 3, "SIGKILL"),
+    CentralLostError: (0, "SIGKILL"),
+    NoSimulatorsError: (2, 600.4, "runs/one"),
 }
 CLASSES = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, FedsimError)]
 
@@ -32,6 +43,9 @@ def test_mistakes_of_the_caller_are_told_apart() -> None:
         "FedsimError",
         "ClientError",
         "BlockFailedError",
+        "CentralLostError",
+        "DeviceMemoryError",
+        "NoSimulatorsError",
     }
 
 
@@ -52,6 +66,13 @@ def test_client_error_shows_eight_clients() -> None:
 def test_block_failed_names_round_clients_and_cause() -> None:
     error = BlockFailedError(0, [1, 2], 3, "SIGKILL")
     assert str(error) == "round 1: the simulators of clients [1, 2] died 3 times; the last one: SIGKILL"
+
+
+def test_no_simulators_names_the_command_that_goes_on() -> None:
+    assert str(NoSimulatorsError(2, 600.4, "runs/one")) == (
+        "round 3: no simulator could be started for 600 s; the last checkpoint is whole; once the cluster has room: "
+        "python -m fedsim resume runs/one"
+    )
 
 
 def test_nearest() -> None:

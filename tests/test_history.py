@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim import checkpoint
+from fedsim import journal
 from fedsim.history import History
 
 budgets = pytest.mark.parametrize("budget_bytes", [1 << 20, 0], ids=["memory", "file"])
@@ -46,13 +46,12 @@ def test_in_time_order_and_in_the_order_of_the_clients_given() -> None:
 
 def test_the_oldest_are_overwritten() -> None:
     history = filled(3, [1, 2], [3, 4])  # places: 0, 1, then 2, 0
-    assert len(history) == 3 and history.appended == 4
+    assert len(history) == 3
     assert content(history) == [(0, 2), (1, 3), (1, 4)]
 
 
 def test_twice_around() -> None:
     history = filled(3, [1, 2], [3, 4], [5, 6], [7])
-    assert history.appended == 7
     assert content(history) == [(2, 5), (2, 6), (3, 7)]
 
 
@@ -62,7 +61,6 @@ def test_exactly_full() -> None:
 
 def test_of_more_than_its_capacity_at_once_the_last_stay() -> None:
     history = filled(3, [1, 2], [3, 4, 5, 6, 7])
-    assert history.appended == 7
     assert content(history) == [(1, 5), (1, 6), (1, 7)]
     history.append(2, torch.tensor([8]), torch.tensor([[2.0, 8.0]]))
     assert content(history) == [(1, 6), (1, 7), (2, 8)]
@@ -72,7 +70,6 @@ def test_of_more_than_its_capacity_at_once_the_last_stay() -> None:
 def test_a_client_keeps_its_newest(budget_bytes: int) -> None:
     history = filled(9, [1, 2], [1, 3], [1], [2, 1], per_client=2, budget_bytes=budget_bytes)
     assert content(history) == [(0, 2), (1, 3), (2, 1), (3, 2), (3, 1)]  # of client 1: rounds 2 and 3
-    assert history.appended == 7
 
 
 @budgets
@@ -156,7 +153,7 @@ def test_bf16_rounds_to_eight_bits(budget_bytes: int) -> None:
     assert history.tokens().dtype == torch.float32
     assert history.tokens().tolist() == [kept]
     assert history.sequences(torch.tensor([6]))[0].tolist() == [[kept]]
-    assert history.state_dict()["tokens"].dtype == torch.bfloat16
+    assert [part["tokens"].dtype for part in history.changes()] == [torch.bfloat16]
 
 
 def test_tokens_are_copied_in_and_out() -> None:
@@ -170,10 +167,17 @@ def test_tokens_are_copied_in_and_out() -> None:
     assert history.clients().tolist() == [1] and history.rounds().tolist() == [0]
 
 
+def taken(history: History, everything: bool = False) -> list[list[int]]:
+    """The clients of what it gives away, by part."""
+    return [part["clients"].tolist() for part in history.changes(everything)]
+
+
 @pytest.mark.parametrize("rounds", [[], [[1, 2]], [[1, 2], [3, 4]], [[1, 2], [3, 4], [5, 6], [7]]])
-def test_state_dict_round_trip(rounds: list[list[int]]) -> None:
+def test_everything_comes_back(rounds: list[list[int]]) -> None:
     history, other = filled(3, *rounds), filled(3, [91, 92, 93, 94])
-    other.load_state_dict(history.state_dict())
+    other.clear()
+    for part in history.changes(everything=True):
+        other.apply(part)
     assert content(other) == content(history)
     for one in (history, other):  # and both go on alike
         one.append(9, torch.tensor([8, 9]), torch.tensor([[9.0, 8.0], [9.0, 9.0]]))
@@ -181,9 +185,33 @@ def test_state_dict_round_trip(rounds: list[list[int]]) -> None:
     assert content(other)[-2:] == [(9, 8), (9, 9)]
 
 
-def test_a_state_does_not_change_with_the_history() -> None:
+def test_changes_are_the_tokens_since_the_last_call() -> None:
+    history = filled(3, [1, 2])
+    assert taken(history) == [[1, 2]] and taken(history) == []
+    history.append(1, torch.tensor([3]), torch.tensor([[1.0, 3.0]]))
+    history.append(2, torch.tensor([4]), torch.tensor([[2.0, 4.0]]))  # client 1 makes room
+    assert history.nbytes == 3 * (16 + 2 * 4)  # client, round, and 2 float32 each
+    assert taken(history) == [[3, 4]]
+    assert taken(history, everything=True) == [[2, 3, 4]] and taken(history) == []
+
+
+def test_what_came_and_went_between_two_calls_is_no_change() -> None:
     history = filled(2, [1, 2])
-    saved = history.state_dict()
+    assert taken(history) == [[1, 2]]
+    history.append(1, torch.tensor([3, 4, 5]), torch.zeros(3, 2))
+    assert taken(history) == [[4, 5]]
+    mine = filled(9, [1, 2], [1], per_client=1)
+    assert taken(mine) == [[2, 1]]
+
+
+def test_changes_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.history.PART_BYTES", 50)  # two tokens of 24 bytes
+    assert taken(filled(9, [1, 2, 3], [4, 5])) == [[1, 2], [3, 4], [5]]
+
+
+def test_changes_do_not_change_with_the_history() -> None:
+    history = filled(2, [1, 2])
+    (saved,) = history.changes()
     history.append(1, torch.tensor([3]), torch.tensor([[1.0, 3.0]]))
     assert saved["clients"].tolist() == [1, 2] and saved["tokens"].tolist() == [[0, 1], [0, 2]]
 
@@ -211,20 +239,22 @@ def test_many_random_rounds(
         return History(12, 2, rounds=windows[0], per_client=windows[1], dtype=dtype, budget_bytes=budget_bytes)
 
     history, resumed = new(), new()
+    before: journal.Journal | None = None
     past: list[tuple[int, int]] = []
     for t in range(0, 120, 2):
         clients = rng.sample(range(8), rng.choice([0, 1, 2, 3, 5, 8]))
         ids, tokens = torch.tensor(clients, dtype=torch.int64), torch.tensor([[t, c] for c in clients]).view(-1, 2)
         past += [(t, c) for c in clients]
-        if rng.random() < 0.3:  # one of them goes through a checkpoint
-            checkpoint.save(tmp_path / "state", resumed.state_dict())
-            resumed = new()
-            resumed.load_state_dict(checkpoint.load(tmp_path / "state"))
+        if rng.random() < 0.5:  # one of them is saved
+            before = journal.write(tmp_path / str(t), {"history": resumed}, before)
+            if rng.random() < 0.5:  # and goes on from there
+                resumed = new()
+                journal.read(before.path, before.bytes, {"history": resumed})
         expected = naive(past, 12, *windows)
         for one in (history, resumed):
             one.append(t, ids, tokens.float())
             assert content(one) == expected
-            assert one.appended == len(past) and len(one) == len(expected)
+            assert len(one) == len(expected)
         everyone = torch.randperm(8)
         tokens, mask = resumed.sequences(everyone)
         for client, its, known in zip(everyone.tolist(), tokens, mask, strict=True):
@@ -234,22 +264,23 @@ def test_many_random_rounds(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_state_holds_the_tokens_as_they_are_stored(dtype: str) -> None:
+def test_changes_hold_the_tokens_as_they_are_stored(dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
     history, other = (History(4, 3, per_client=2, dtype=dtype) for _ in range(2))
     for t in range(5):
         history.append(t, torch.tensor([1, t]), torch.randn(2, 3, generator=generator))
-    saved = history.state_dict()
+    (saved,) = history.changes()
     assert len(history) == 4 and torch.equal(saved["tokens"].float(), history.tokens())
-    other.load_state_dict(saved)
-    loaded = other.state_dict()
+    other.apply(saved)
+    (loaded,) = other.changes()
     assert all(torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in saved.items())
 
 
-def test_a_smaller_history_loads_what_it_would_keep() -> None:
-    other = filled(2, [91])
-    other.load_state_dict(filled(5, [1, 2], [3, 4]).state_dict())
-    assert content(other) == [(1, 3), (1, 4)] and other.appended == 4
+def test_a_smaller_history_takes_what_it_would_keep() -> None:
+    other = filled(2)
+    for part in filled(5, [1, 2], [3, 4]).changes():
+        other.apply(part)
+    assert content(other) == [(1, 3), (1, 4)]
 
 
 def test_past_the_budget_tokens_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,14 +171,6 @@ def test_resume_over_another_backbone_is_refused(tiny, capsys, tmp_path):
     assert "the backbone is not what the run began with" in line
 
 
-def test_report_refuses_a_run_that_did_not_finish(tiny, capsys, tmp_path):
-    assert main(tiny) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
-    (line,) = refused(["report", str(tmp_path / "run")], capsys, tmp_path)
-    assert "not a finished run (interrupted)" in line
-
-
 def test_a_run_leaves_the_folder_of_the_design(tiny, capsys, tmp_path):
     assert main(tiny) == 0
     folder = tmp_path / "run"
@@ -190,7 +182,8 @@ def test_a_run_leaves_the_folder_of_the_design(tiny, capsys, tmp_path):
     assert summary["status"] == "finished"
     # FedAvg sends one row of 712 float32 to each of 4 clients in each of 2 rounds, and gets as much back.
     assert summary["bytes"] == {"up": 712 * 4 * 4 * 2, "down": 712 * 4 * 4 * 2}
-    assert summary["failures"] == {"actors_replaced": 0, "blocks_requeued": 0, "clients_quarantined": 0}
+    assert {"actors_replaced", "blocks_requeued", "clients_quarantined"} <= summary["failures"].keys()
+    assert not any(summary["failures"].values())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records] == [1, 2]
     assert records[-1]["accuracy"] == summary["accuracy"]
@@ -229,21 +222,6 @@ def test_an_error_of_the_users_algorithm_exits_with_1_and_shows_where(tiny, caps
     assert "KeyError: 'nothing'" in printed.err
     assert "resume" in printed.out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
-
-
-def test_report_compares_runs(tiny, capsys, tmp_path):
-    assert main(tiny) == 0
-    assert main([*tiny, "algorithm=local", f"output={tmp_path / 'other'}"]) == 0
-    assert main(["report", str(tmp_path / "run"), str(tmp_path / "other"), "--out", str(tmp_path / "report")]) == 0
-    lines = (tmp_path / "report" / "comparison.csv").read_text().splitlines()
-    assert lines[0].startswith("run,algorithm,seed,rounds,mean")
-    assert {line.split(",")[1] for line in lines[1:]} == {"fedavg", "local"}
-    assert (tmp_path / "report" / "curves.png").stat().st_size > 1000
-
-
-def test_report_on_something_else_costs_one_line(capsys, tmp_path):
-    (line,) = refused(["report", str(tmp_path)], capsys, tmp_path)
-    assert "not a finished run" in line
 
 
 @pytest.mark.parametrize("what", ["algorithms", "envs", "configs"])

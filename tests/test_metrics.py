@@ -93,7 +93,8 @@ def test_what_clients_that_never_trained_make_of_one_epoch_is_of_their_blocks_al
         "sent": np.array([1, 1]),
     }
     other = {"ids": np.array([1]), "total": np.array([2]), "personal": np.array([1]), "sent": np.array([0])}
-    evaluation = Evaluation([first, other | {"adapted": np.array([2])}])
+    unknown = np.array([math.nan, math.nan])
+    evaluation = Evaluation([first | {"adapted": unknown}, other | {"adapted": np.array([2])}])
     assert evaluation.among(np.array([False, True, False]))["adapted"] == 1.0
     assert evaluation.among(np.array([True, True, False]))["adapted"] is None
 
@@ -116,3 +117,11 @@ def test_client_rows_before_any_evaluation() -> None:
     (row,) = client_rows(np.array([20]), np.array([0]), None)
     assert (row["samples"], row["test_samples"]) == (20, 0)
     assert math.isnan(float(row["accuracy"])) and math.isnan(float(row["accuracy_sent"]))
+
+
+def test_a_client_that_was_quarantined_has_no_accuracy() -> None:
+    evaluation = Evaluation([{key: value[:2] for key, value in EVALUATED[0].items()}])
+    rows = client_rows(np.array([20, 30, 40]), np.array([2, 0, 1]), evaluation, quarantined=[1])
+    assert [row["quarantined"] for row in rows] == [0, 1, 0]
+    missing = rows[1]
+    assert math.isnan(missing["accuracy"]) and missing["test_samples"] == 0

@@ -79,3 +79,4 @@ def test_more_simulators_than_the_cluster_holds_is_refused(tiny_config):
 def test_defaults_are_those_of_the_design():
     config = BackendConfig()
     assert (config.name, config.simulators, config.max_attempts) == ("ray", 0, 3)
+    assert (config.on_client_error, config.give_up_after_s) == ("raise", 600)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import TINY
@@ -45,3 +48,25 @@ def test_the_mistakes_shown_are_those_that_are_printed(capsys):
 def test_every_link_leads_to_a_file():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_example_runs_on_ray_in_a_sweep_from_a_file_of_its_own(tmp_path):
+    """In a process of its own, with nothing but the working folder to find it by; its workers find it, too."""
+    (code,) = re.findall(r"```python\n# my_algorithms\.py\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "mine.py").write_text(code)
+    (tmp_path / "config.yaml").write_text(
+        "algorithm: {name: 'my_pkg.mine:FedProx', mu: 0.1}\nbackend: {name: ray, simulators: 1, dashboard: false}\n"
+    )
+    tiny = [setting for setting in TINY if not setting.startswith(("algorithm", "backend=", "rounds"))]
+    command = ["sweep", "config.yaml", *tiny, "rounds=1", "algorithm.mu=0,0.5", "--out", "swept", "--jobs", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsim", *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = {}
+    for mu in ("0", "0.5"):
+        folder = tmp_path / "swept" / f"mu={mu}"
+        assert json.loads((folder / "summary.json").read_text())["algorithm"] == "my_pkg.mine:FedProx"
+        losses[mu] = json.loads((folder / "metrics.jsonl").read_text())["loss"]
+    assert losses["0"] < losses["0.5"]

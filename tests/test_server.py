@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim import checkpoint
 from fedsim.algorithm import Cohort
 from fedsim.config import Config
 from fedsim.env import Ragged
 from fedsim.errors import CheckpointError, ClientError
+from fedsim.journal import Latest
 from fedsim.plan import Plan, prepare
 from fedsim.server import Server
 from fedsim.simulator import Workload
+from fedsim.store import Store
 
 D = 712
 Result = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -210,20 +213,25 @@ def one_round(server: Server, round: int, seed: int) -> None:
     ids = (1, 2, 4, 7) if round < 2 else (0, 2, 5, 6)
     _, rows = server.broadcast(round, ids)
     kept = {name: torch.randn(value.shape, generator=generator) for name, value in rows.items()}
-    server.aggregate(round, [ids], [({"delta": torch.randn(4, D, generator=generator)}, kept)])
+    sent_up = torch.randn(4, D, generator=generator)
+    server.aggregate(round, [ids], [({"delta": sent_up, "v": sent_up}, kept)])
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "local", "pfedseq"])
+# What is stateless, kept by clients, kept by the server of each client, and kept of the last rounds.
+@pytest.mark.parametrize("algorithm", ["fedavg", "local", "fedamp", "pfedseq"])
 def test_a_restored_server_goes_on_bit_for_bit(
     tiny_config: Callable[..., Config], tmp_path: Path, algorithm: str
 ) -> None:
     plan = prepare(tiny_config(f"algorithm={algorithm}"))
     server, restored = Server(plan.workload, plan.params), Server(plan.workload, plan.params)
-    for round in range(2):
+    for round in range(3):  # the last checkpoint goes on with the journal of those before
         one_round(server, round, seed=round)
-    server.save(tmp_path / "c", {"round": 2, "seconds": {"train": 0.5}})
-    assert restored.load(tmp_path / "c") == {"round": 2, "seconds": {"train": 0.5}}
-    for round in range(2, 4):
+        server.save(tmp_path / str(round), {"round": round + 1, "seconds": {"train": 0.5}})
+    one_round(restored, 7, seed=7)  # all forgotten
+    facts = restored.load(tmp_path / "2")
+    assert facts.pop("rounds_taken") == [1, 2, 3, 0, 2, 1, 1, 2]
+    assert facts == {"round": 3, "seconds": {"train": 0.5}, "evaluated": {}}
+    for round in range(3, 5):
         one_round(server, round, seed=round)
         one_round(restored, round, seed=round)
     everyone = tuple(range(8))
@@ -248,12 +256,84 @@ def test_a_checkpoint_of_another_run_is_refused(tiny_config: Callable[..., Confi
         Server(mine.workload, mine.params).load(tmp_path / "c")
 
 
+def rows_on_disk(folder: Path) -> list[list[int]]:
+    """The clients whose rows a checkpoint's journal holds, part by part."""
+    parts: list[list[int]] = []
+
+    class Reader(Store):
+        def apply(self, change: Mapping[str, Tensor]) -> None:
+            parts.append(change["ids"].tolist())
+
+    class Ignored(Latest):
+        def apply(self, change: Mapping[str, Tensor]) -> None:
+            pass
+
+    checkpoint.replay(folder, {"rows": Reader({}, 8), "rounds_taken": Ignored(), "evaluated": Ignored()})
+    return parts
+
+
+def test_a_checkpoint_costs_what_changed(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    plan = prepare(tiny_config("algorithm=local"))
+    server = Server(plan.workload, plan.params)
+
+    def round_of(number: int, *ids: int) -> int:
+        """Bytes that its checkpoint adds."""
+        kept: list[Result] = [({}, {"v": torch.randn(len(ids), D)})]
+        server.aggregate(number, [ids], kept)
+        server.save(tmp_path / str(number), {})
+        return (tmp_path / str(number) / "changes.journal").stat().st_size
+
+    sizes = [round_of(0, 0, 1, 2, 3), round_of(1, 4, 5), round_of(2, 6, 7)]
+    assert rows_on_disk(tmp_path / "2") == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert 0 < sizes[1] - sizes[0] == sizes[2] - sizes[1] < sizes[0]
+    # Eight rows are live. The journal goes on until more than sixteen are in it; then it begins anew.
+    for number, ids in enumerate([(0, 1, 2), (0, 1, 2), (0, 1, 2), (0,)], 3):
+        round_of(number, *ids)
+    assert rows_on_disk(tmp_path / "5") == [[0, 1, 2, 3], [4, 5], [6, 7], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert rows_on_disk(tmp_path / "6") == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_an_evaluation_is_in_the_checkpoints_after_it(server: Server, tmp_path: Path) -> None:
+    first = {"ids": np.array([0, 1]), "total": np.array([4.0, 5.0], np.float32)}
+    second = {"ids": np.array([1]), "total": np.array([5.0], np.float32), "sent": np.array([3.0], np.float32)}
+    for number, evaluated in enumerate([{}, first, {}, second, {}]):
+        server.save(tmp_path / str(number), {"evaluated": evaluated})
+    for number, expected in enumerate([{}, first, first, second, second]):
+        found = server.load(tmp_path / str(number))["evaluated"]
+        assert {name: value.tolist() for name, value in found.items()} == {
+            name: value.tolist() for name, value in expected.items()
+        }
+
+
+def test_after_a_save_that_failed_the_next_one_has_all(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = prepare(tiny_config("algorithm=local"))
+    server, restored = Server(plan.workload, plan.params), Server(plan.workload, plan.params)
+    one_round(server, 0, seed=0)
+    server.save(tmp_path / "0", {})
+    before = server.store.read(np.arange(8))["v"]
+    one_round(server, 1, seed=1)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="1: cannot be written: no more"):
+        patch.setattr("fedsim.checkpoint._flush", no_more)
+        server.save(tmp_path / "1", {})
+    restored.load(tmp_path / "0")
+    assert torch.equal(restored.store.read(np.arange(8))["v"], before)
+    one_round(server, 2, seed=2)
+    server.save(tmp_path / "2", {})
+    restored.load(tmp_path / "2")
+    assert torch.equal(restored.store.read(np.arange(8))["v"], server.store.read(np.arange(8))["v"])
+
+
+def no_more(_: Path) -> None:
+    raise OSError("no more")
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(server: Server, tmp_path: Path) -> None:
-    server.store.seen[3] = True
-    server.store.template = {"v": torch.zeros(2)}
-    server.store._rows = {"v": np.zeros((8, 2), np.float32)}
+    server.store = Store({"v": torch.zeros(2)}, 8)
+    server.store.write(np.array([3]), {"v": torch.zeros(1, 2)})
     server.save(tmp_path / "c", {})
-    server.store._rows = {}
+    server.store = Store({}, 8)
     with pytest.raises(CheckpointError, match="c: does not fit this run: ValueError: a client keeps"):
         server.load(tmp_path / "c")
 

@@ -143,6 +143,8 @@ def test_clients_that_never_train_are_scored_after_one_epoch_too(simulator: Simu
     ctx = simulator._context(0, IDS, "adapt")
     _, correct = simulator._score(ctx, {"adapted": ctx.sgd(payload["w"], epochs=1)})
     assert facts["adapted"].tolist() == correct["adapted"].tolist() != facts["sent"].tolist()
+    simulator.unseen = frozenset({0})
+    assert np.isnan(simulator.evaluate(0, IDS, payload, {}, None)["adapted"]).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])

@@ -57,25 +57,59 @@ def test_seen_are_those_written(store: Store) -> None:
     assert store.seen.tolist() == [False, False, True, False, True]
 
 
-def test_state_dict_has_the_seen_and_comes_back(store: Store) -> None:
+def test_rows_take_memory_in_the_order_in_which_clients_come(store: Store) -> None:
     store.write(ids(4, 2), rows(40.0, 20.0))
-    saved = store.state_dict()
-    assert saved["ids"].tolist() == [2, 4]
-    assert saved["rows.count"].tolist() == [20, 40]
+    store.write(ids(0, 4), rows(10.0, 41.0))
+    assert store._rows["count"].tolist() == [20, 41, 10, 0, 0]
+    assert store.read(np.arange(5))["count"].tolist() == [10, 7, 20, 7, 41]
+
+
+def test_a_new_client_twice_at_once_takes_one_row(store: Store) -> None:
+    store.write(ids(3, 3), rows(1.0, 2.0))
+    store.write(ids(0, 1, 2, 4), rows(3.0, 4.0, 5.0, 6.0))  # there is room for five
+    assert store.read(np.arange(5))["count"].tolist() == [3, 4, 5, 2, 6]
+
+
+def test_changes_are_those_since_the_last_call_and_come_back(store: Store) -> None:
+    store.write(ids(4, 2), rows(40.0, 20.0))
+    (first,) = store.changes()
+    store.write(ids(1, 4), rows(10.0, 41.0))
+    (second,) = store.changes()
+    assert (first["ids"].tolist(), first["rows.count"].tolist()) == ([2, 4], [20, 40])
+    assert (second["ids"].tolist(), second["rows.count"].tolist()) == ([1, 4], [10, 41])
+    assert list(store.changes()) == []
 
     other = Store(TEMPLATE, 5)
-    other.write(ids(0), rows(-1.0))  # forgotten when the state is loaded
-    other.load_state_dict(saved)
-    everyone = ids(0, 1, 2, 3, 4)
-    assert other.read(everyone)["v"].tolist() == store.read(everyone)["v"].tolist()
-    assert other.read(everyone)["count"].tolist() == [7, 7, 20, 7, 40]
+    other.write(ids(0), rows(-1.0))
+    other.clear()
+    other.apply(first)
+    other.apply(second)
+    assert other.read(np.arange(5))["count"].tolist() == [7, 10, 20, 7, 41]
+    assert torch.equal(other.read(np.arange(5))["v"], store.read(np.arange(5))["v"])
+    assert other.seen.tolist() == store.seen.tolist()
 
 
-def test_a_state_taken_before_a_write_does_not_change_with_it(store: Store) -> None:
+def test_everything_is_all_that_were_seen(store: Store) -> None:
+    store.write(ids(4, 2), rows(40.0, 20.0))
+    list(store.changes())
+    store.write(ids(1), rows(10.0))
+    (everything,) = store.changes(everything=True)
+    assert (everything["ids"].tolist(), everything["rows.count"].tolist()) == ([1, 2, 4], [10, 20, 40])
+    assert list(store.changes()) == []
+    assert store.nbytes == 3 * (8 + 20)  # an id, 3 float32 and 1 int64 each
+
+
+def test_changes_come_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.store.PART_BYTES", 60)  # two clients of 28 bytes
+    store.write(ids(0, 1, 2, 3, 4), rows(0.0, 1.0, 2.0, 3.0, 4.0))
+    assert [part["ids"].tolist() for part in store.changes()] == [[0, 1], [2, 3], [4]]
+
+
+def test_changes_do_not_change_with_the_store(store: Store) -> None:
     store.write(ids(2), rows(20.0))
-    saved = store.state_dict()
+    (change,) = store.changes()
     store.write(ids(2), rows(21.0))
-    assert saved["rows.count"].tolist() == [20]
+    assert change["rows.count"].tolist() == [20]
 
 
 def test_past_the_budget_rows_lie_in_a_file(tmp_path: Path) -> None:
@@ -103,7 +137,7 @@ def test_stateless_clients_need_nothing() -> None:
     store = Store({}, 5)
     store.write(ids(1, 2), {})
     assert store.read(ids(0, 1)) == {}
-    assert store.state_dict()["ids"].tolist() == [1, 2]
+    assert [part["ids"].tolist() for part in store.changes()] == [[1, 2]]
 
 
 def test_other_names_than_the_templates_are_refused(store: Store) -> None:

@@ -6,17 +6,17 @@ import csv
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import TINY
 
 from fedsim import sweep as sweeping
 from fedsim.__main__ import main
+from fedsim.errors import ConfigError
 from fedsim.grid import SWEEPS, plan, split
 
 GRID = ("algorithm=fedavg,local", "seed=0,1")
@@ -83,6 +83,41 @@ def test_runs_are_the_product_of_variants_and_both_grids(tmp_path):
     found = configs["slow-targets=qkv_mlp-seed=1"]
     assert (found.algorithm.name, found.adapter.targets, found.seed) == ("fedavg_ft", ("qkv", "mlp"), 1)
     assert {(config.cohort, config.local.lr, config.rounds) for config in configs.values()} == {(5, 0.3, 3)}
+
+
+def test_samples_are_the_same_for_all_variants_and_more_of_them_are_the_old_ones_and_new_ones():
+    texts = ["algorithm=fedavg,local", "local.lr=loguniform(1e-3, 1e-1)", "cohort=randint(2, 5)", "local.momentum=0"]
+    few, many = (plan(None, [*texts], samples)[1] for samples in (3, 6))
+    drawn = {
+        name: [(config.local.lr, config.cohort) for config in few.values() if config.algorithm.name == name]
+        for name in ("fedavg", "local")
+    }
+    assert drawn["fedavg"] == drawn["local"] and len(set(drawn["local"])) == 3
+    assert set(few) < set(many) and len(many) == 12
+    assert all(1e-3 <= config.local.lr <= 1e-1 and config.cohort in (2, 3, 4) for config in many.values())
+    rates = np.log10([config.local.lr for config in plan(None, texts, 200)[1].values()])
+    assert (rates < -2.5).any() and (rates > -1.5).any()  # a uniform draw would leave one in sixty below -2.5
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("loguniform(0, 1)", "local.lr: 'loguniform(0, 1)' needs 0 < low < high"),
+        ("uniform(2, 1)", "local.lr: 'uniform(2, 1)' needs low < high"),
+        ("uniform(1)", "local.lr: 'uniform(1)' needs two numbers, as in uniform(1, 8)"),
+    ],
+)
+def test_distributions_that_are_none(text, mistake):
+    with pytest.raises(ConfigError) as caught:
+        plan(None, [f"local.lr={text}"], 2)
+    assert mistake in caught.value.mistakes
+
+
+def test_a_search_needs_samples_and_samples_a_search():
+    with pytest.raises(ConfigError, match="--samples: how many, of what is searched"):
+        plan(None, ["local.lr=uniform(0.1, 1)"])
+    with pytest.raises(ConfigError, match="--samples: nothing is searched"):
+        plan(None, ["local.lr=0.1,0.2"], 3)
 
 
 def test_a_variants_setting_wins_over_those_of_all(tmp_path):
@@ -197,9 +232,10 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def test_every_run_has_a_folder_and_a_log(swept):
-    found = sorted(path.name for path in (swept / "out").iterdir() if not path.name.startswith("."))
+    found = sorted(path.name for path in (swept / "out").iterdir() if path.name != sweeping.LOCK)
     logs = [f"{name}.log" for name in NAMES]
-    assert found == sorted([*NAMES, *logs, "results.csv", "sweep.yaml", "table.csv"])
+    assert found == sorted([*NAMES, *logs, "report", "results.csv", "sweep.yaml", "table.csv"])
+    assert "fedavg" in (swept / "out" / "report" / "table.csv").read_text()
     assert all("round 2/2" in (swept / "out" / log).read_text() for log in logs)
 
 
@@ -234,10 +270,10 @@ def test_the_table_has_means_and_deviations_over_seeds(swept):
 
 
 def test_a_finished_sweep_is_only_tabled_again_and_the_best_is_marked(copied, capsys, monkeypatch):
-    monkeypatch.setattr(sweeping, "_start", lambda *_: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(sweeping, "_on_tune", lambda *_: pytest.fail("a finished run was started again"))
     assert main(["sweep", *TINY, *GRID, "--out", "out"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "4 runs, 4 of them finished before; 1 at a time, in out"
+    assert printed[0] == "4 runs, 4 of them finished before; as many at a time as fit, in out"
     means = {row["runs"]: float(row["accuracy.mean"]) for row in rows(copied / "table.csv")}
     (marked,) = [line for line in printed if " * " in line and "algorithm=" in line]
     best = max(means, key=lambda label: means[label])
@@ -255,11 +291,11 @@ def test_going_on_runs_what_is_missing_resumes_what_is_unfinished_and_names_what
     for manifest in (copied / broken / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("damaged")
 
-    assert main(["sweep", *TINY, *GRID, "--out", "out", "--jobs", "2"]) == 1
+    assert main(["sweep", "--resume", "out", "--jobs", "2"]) == 1
 
     log = (copied / f"{missing}.log").read_text()
-    assert log.count("$ python -m fedsim run ") == log.count("round 2/2") == 2 and "resuming" not in log
-    assert "resuming out/algorithm=fedavg-seed=1 after round 1 of 2" in (copied / f"{unfinished}.log").read_text()
+    assert log.count("round 2/2") == 2 and "resuming" not in log
+    assert "algorithm=fedavg-seed=1 after round 1 of 2" in (copied / f"{unfinished}.log").read_text()
     for name in (missing, unfinished, done):
         assert summary_of(copied / name)["accuracy"] == before[name]["accuracy"]
     assert summary_of(copied / done) == before[done]
@@ -269,9 +305,10 @@ def test_going_on_runs_what_is_missing_resumes_what_is_unfinished_and_names_what
     accuracy = before[missing]["accuracy"]["mean"]
     assert any(f"/4  {missing}  accuracy {accuracy:.3f}  " in line for line in printed)
     assert any(line.endswith(f"/4  {broken}  failed") for line in printed)
-    assert f"failed: {broken} (exit code 2: fedsim: out/{broken}: no valid checkpoint is left)" in printed
-    again = f"python -m fedsim sweep {' '.join(TINY[:2])}"
-    assert printed[-1].startswith(f"results.csv and table.csv in out; try again with: {again}")
+    where = copied.absolute() / broken
+    assert f"failed: {broken} ({where}: no valid checkpoint is left)" in printed
+    files = "results.csv, table.csv and the page report/index.html in out"
+    assert printed[-1] == f"{files}; try again with: python -m fedsim sweep --resume out --jobs 2"
     assert [row["status"] for row in rows(copied / "results.csv")] == ["finished"] * 3 + ["unfinished"]
     assert [row["n"] for row in rows(copied / "table.csv")] == ["2", "1"]
 
@@ -295,51 +332,33 @@ def test_a_runs_own_configuration_runs_again_although_its_path_has_an_equals_sig
     assert "name: local" in capsys.readouterr().out
 
 
-def sleeping() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-
-
 def test_an_interrupt_ends_the_runs_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    started = []
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    def start(*_: Any) -> subprocess.Popen[bytes]:
-        if len(started) == 2:
-            raise KeyboardInterrupt
-        started.append(sleeping())
-        return started[-1]
-
-    monkeypatch.setattr(sweeping, "_start", start)
+    monkeypatch.setattr(sweeping, "_on_tune", interrupted)
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", *TINY, "seed=0,1,2", "--out", "out", "--jobs", "3"]) == 130
-    assert [process.returncode for process in started] == [-15, -15]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith("interrupted; go on with: python -m fedsim sweep algorithm=fedavg ")
-    assert printed[-1].endswith("seed=0,1,2 --out out --jobs 3")
+    assert printed[-1] == "interrupted; go on with: python -m fedsim sweep --resume out --jobs 3"
 
 
-def test_a_run_that_does_not_end_when_told_is_ended(monkeypatch):
-    monkeypatch.setattr(sweeping, "GRACE_S", 0.1)
-    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"deaf\n"
-        sweeping._end([process])
-        assert process.returncode == -9
-
-
-def test_a_folder_is_in_use_until_the_last_run_has_ended(tmp_path, capsys, monkeypatch):
+def test_a_folder_is_in_use_by_one_sweep_at_a_time(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexec sleep 600\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    run = sweeping.Run("a", "a", {}, {})
-    in_use = "--out: out is in use by a sweep, or by a run that one left behind"
-    with sweeping._alone(Path("out")) as lock:
-        assert refused([*TINY, "--out", "out"], capsys) == [in_use]
-        left_behind = sweeping._start(run, "quickstart", Path("out"), lock)
-    Path("out/a.log").unlink()  # else the folder would be none of a sweep
-    assert refused([*TINY, "--out", "out"], capsys) == [in_use]
-    sweeping._end([left_behind])
+    with sweeping._alone(Path("out")):
+        assert refused([*TINY, "--out", "out"], capsys) == ["--out: out is in use by another sweep"]
     with sweeping._alone(Path("out")):
         pass
+
+
+def test_stopping_early_by_the_test_split_is_refused(tmp_path, capsys):
+    (line,) = refused([*TINY, *GRID, "--early-stop", "--out", str(tmp_path / "out")], capsys)
+    assert line == "--early-stop: would choose by the test split; set eval.validation=0.2"
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_takes_the_folder_and_nothing_else(tmp_path, capsys):
+    (line,) = refused(["--resume", str(tmp_path)], capsys)
+    assert line == f"--resume: {tmp_path} is not the folder of a sweep (no sweep.yaml)"
+    (line,) = refused(["seed=0,1", "--resume", str(tmp_path)], capsys)
+    assert line == "--resume: the folder says what to run; leave settings, --out and --samples out"

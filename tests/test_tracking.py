@@ -5,18 +5,40 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TINY
 from rich.console import Console
 
-from fedsim.tracking import ConsoleProgress, JsonLines, TensorBoard, closing_table, duration, flat, size
+from fedsim.__main__ import main
+from fedsim.config import load
+from fedsim.env import FederatedData, Ragged
+from fedsim.errors import ConfigError
+from fedsim.plan import Plan
+from fedsim.run import resume, run
+from fedsim.tracking import (
+    ConsoleProgress,
+    JsonLines,
+    MLflow,
+    TensorBoard,
+    WeightsAndBiases,
+    closing_table,
+    duration,
+    flat,
+    size,
+    start,
+    tensorboard,
+)
+from fedsim.tracking.tensorboard import partition_picture
 
 
 def record(round: int, total: float = 2.0, **more: Any) -> dict[str, Any]:
-    return {"round": round, "loss": 1.5, "seconds": {"total": total}, "updates_per_second": 4.25, **more}
+    return {"round": round, "loss": 1.5, "seconds": {"total": total}, "updates_per_second": 4.25} | more
 
 
 # metrics.jsonl ---------------------------------------------------------------------------------------------------
@@ -73,18 +95,343 @@ def test_flat_names_numbers_by_their_path() -> None:
     assert list(flat(nested)) == [("loss", 1.0), ("bytes/up", 8.0), ("bytes/x/y", 0.5)]
 
 
-def test_tensorboard_has_the_scalars_and_the_histogram(tmp_path: Path) -> None:
+def events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = TensorBoard(tmp_path)
+    return EventAccumulator(str(folder)).Reload()
+
+
+def steps(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(folder).Scalars(name)]
+
+
+def test_tensorboard_has_the_scalars_and_the_histogram(tmp_path: Path, tiny_plan: Plan) -> None:
+    board = TensorBoard(tmp_path, tiny_plan.workload.config, tiny_plan.workload.data)
     board.on_round(record(1), None)
     board.on_round(record(2, accuracy={"mean": 0.75}), np.array([0.5, 1.0]))
     board.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.5), (2, 1.5)]
-    assert [(event.step, event.value) for event in events.Scalars("accuracy/mean")] == [(2, 0.75)]
-    (histogram,) = events.Histograms("clients/accuracy")
+    assert steps(tmp_path) == [(1, 1.5), (2, 1.5)]
+    assert steps(tmp_path, "seconds/total") == [(1, 2.0), (2, 2.0)]
+    assert steps(tmp_path, "accuracy/mean") == [(2, 0.75)]
+    (histogram,) = events(tmp_path).Histograms("clients/accuracy")
     assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.sum) == (2, 2.0, 1.5)
+
+
+def test_tensorboard_has_the_settings_and_who_holds_what(tmp_path: Path, tiny_plan: Plan) -> None:
+    from PIL import Image
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    data = tiny_plan.workload.data
+    TensorBoard(tmp_path, tiny_plan.workload.config, data).close()
+    found = events(tmp_path)
+    told = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(told).session_start_info.hparams
+    assert (settings["algorithm.name"].string_value, settings["local.lr"].number_value) == ("fedavg", 0.1)
+    told = found.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    compared = {info.name.tag for info in HParamsPluginData.FromString(told).experiment.metric_infos}
+    assert compared == {"accuracy/mean", "accuracy/p10", "loss"}  # tags of the run's own curves
+    (sizes,) = found.Histograms("clients/training_images")
+    assert (sizes.step, sizes.histogram_value.num, sizes.histogram_value.sum) == (0, 8, data.train.sizes.sum())
+    (picture,) = found.Images("clients/partition")
+    drawn = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    assert picture.step == 0 and (drawn == partition_picture(data)).all()
+
+
+@pytest.mark.parametrize(("rounds_done", "kept"), [(1, [(1, 1.5), (2, 9.0)]), (0, [(1, 9.0), (2, 9.0)])])
+def test_tensorboard_hides_what_a_killed_run_wrote_past_its_checkpoint(
+    rounds_done: int, kept: list[tuple[int, float]], tmp_path: Path, tiny_plan: Plan
+) -> None:
+    run = tiny_plan.workload.config, tiny_plan.workload.data
+    killed = TensorBoard(tmp_path, *run)
+    for round in (1, 2, 3):
+        killed.on_round(record(round), None)
+    killed.close()
+    resumed = TensorBoard(tmp_path, *run, rounds_done)
+    for round in range(rounds_done + 1, 3):
+        resumed.on_round(record(round, loss=9.0), None)
+    resumed.close()
+    assert steps(tmp_path) == kept
+    assert len(events(tmp_path).Images("clients/partition")) == 1
+    assert len(events(tmp_path).Histograms("clients/training_images")) == 1
+
+
+def split(labels: list[int], classes: int, *clients: list[int]) -> FederatedData:
+    train = Ragged.of([np.array(images) for images in clients])
+    return FederatedData(Path("-"), np.array(labels), tuple(map(str, range(classes))), train, train)
+
+
+def test_the_picture_of_the_partition() -> None:
+    # Client 0 has four images of class 0, client 1 one of class 1; the square roots are 1 and 1/2.
+    picture = partition_picture(split([0, 0, 0, 0, 1], 2, [0, 1, 2, 3], [4]))
+    assert picture.shape == (512, 512, 3) and picture.dtype == np.uint8
+    most, half, none = [42, 120, 214], [148, 188, 234], [255, 255, 255]  # 255 - 213 / 2 = 148.5, 187.5, 234.5
+    assert picture[::256, ::256].tolist() == [[none, half], [most, none]]  # class 0 is the lowest
+    assert (picture == picture[::256, ::256].repeat(256, 0).repeat(256, 1)).all()
+
+
+def test_neighbours_share_a_column_where_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "MOST_PIXELS", 2)
+    # Clients 0 and 1 have two images each on average, client 2 has one of the other class.
+    picture = partition_picture(split([0, 0, 0, 0, 1], 2, [0, 1, 2], [3], [4]))
+    most, other, none = [42, 120, 214], [104, 160, 226], [255, 255, 255]  # 255 - 213 * sqrt(1 / 2) = 104.4, …
+    assert picture.tolist() == [[none, other], [most, none]]
+
+
+# Services --------------------------------------------------------------------------------------------------------
+
+
+class FakeWandb(types.ModuleType):
+    """What of W&B's interface is used; it keeps what it is sent, run by run, and goes on after its last step."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.inits: list[dict[str, Any]] = []
+        self.runs: dict[str, FakeWandbRun] = {}
+
+    def init(self, *, id: str, mode: str | None, resume: str | None, **about: Any) -> FakeWandbRun:
+        self.inits.append({"id": id, "mode": mode, "resume": resume, **about})
+        if resume != "allow" or id not in self.runs:
+            self.runs[id] = FakeWandbRun()
+        return self.runs[id]
+
+    def Histogram(self, values: np.ndarray) -> tuple[str, list[float]]:
+        return "histogram", values.tolist()
+
+
+class FakeWandbRun:
+    def __init__(self) -> None:
+        self.step = 0
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.exit_codes: list[int] = []
+
+    def log(self, data: dict[str, Any], step: int, commit: bool) -> None:
+        assert commit and step >= self.step
+        self.logged.append((step, data))
+        self.step = step + 1
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+class FakeMlflow(types.ModuleType):
+    """What of MLflow's interface is used; it takes every point that it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.calls: list[tuple[Any, ...]] = []
+        self.metrics: dict[str, float] = {}
+
+    def start_run(self, run_id: str | None = None, run_name: str | None = None) -> Any:
+        self.calls.append(("start_run", run_id, run_name))
+        info, data = types.SimpleNamespace(run_id="r7"), types.SimpleNamespace(metrics=dict(self.metrics))
+        return types.SimpleNamespace(info=info, data=data)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.calls.append(("log_metrics", metrics, step))
+        self.metrics |= metrics
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("set_tracking_uri", "set_experiment", "log_params", "log_artifact", "end_run"):
+            raise AttributeError(name)
+        return lambda value: self.calls.append((name, value))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
+    fake = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    return fake
+
+
+def write_metrics(folder: Path, rounds: int) -> None:
+    lines = [json.dumps(record(round)) + "\n" for round in range(1, rounds + 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+SENT = {"loss": 1.5, "seconds/total": 2.0, "updates_per_second": 4.25}  # of `record`
+
+
+def test_wandb_is_told_what_runs_and_every_round(tmp_path: Path, tiny_config: Any, wandb: FakeWandb) -> None:
+    write_metrics(tmp_path, 0)
+    tracker = WeightsAndBiases(tiny_config("tracking.wandb=true", "tracking.project=mine"), tmp_path)
+    tracker.on_round(record(1, loss=math.nan), None)
+    tracker.on_round(record(2, accuracy={"mean": 0.75}), np.array([0.5, 1.0]))
+    tracker.close()
+    (about,) = wandb.inits
+    config = about.pop("config")
+    assert about == {
+        "project": "mine", "name": tmp_path.name, "id": (tmp_path / "wandb.id").read_text(), "dir": str(tmp_path),
+        "mode": None, "resume": "allow",
+    }  # fmt: skip
+    assert (config["algorithm"], config["local"]["lr"]) == ({"name": "fedavg"}, 0.1)
+    assert not {"output", "tracking"} & set(config)
+    (run,) = wandb.runs.values()
+    assert run.logged == [
+        (1, {name: value for name, value in SENT.items() if name != "loss"}),
+        (2, {**SENT, "accuracy/mean": 0.75, "clients/accuracy": ("histogram", [0.5, 1.0])}),
+    ]
+    assert run.exit_codes == [0]  # two rounds are all
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_wandb_goes_on_without_a_round_twice_or_left_out(
+    done: int, tmp_path: Path, tiny_config: Any, wandb: FakeWandb
+) -> None:
+    config = tiny_config("tracking.wandb=true", "rounds=4")
+    write_metrics(tmp_path, 0)
+    killed = WeightsAndBiases(config, tmp_path)
+    for round in (1, 2):
+        killed.on_round(record(round), None)
+    killed.close()
+    write_metrics(tmp_path, done)  # the checkpoint stands before what W&B has, or behind it
+    resumed = WeightsAndBiases(config, tmp_path)
+    for round in range(done + 1, 5):
+        resumed.on_round(record(round), None)
+    resumed.close()
+    (run,) = wandb.runs.values()
+    assert run.logged == [(round, SENT) for round in (1, 2, 3, 4)]
+    assert run.exit_codes == [1, 0]
+
+
+def test_offline_wandb_has_the_whole_run_in_its_newest_folder(
+    tmp_path: Path, tiny_config: Any, wandb: FakeWandb
+) -> None:
+    config = tiny_config("tracking.wandb=true", "tracking.wandb_offline=true")
+    write_metrics(tmp_path, 1)
+    (tmp_path / "wandb.id").write_text("w1")
+    tracker = WeightsAndBiases(config, tmp_path)
+    tracker.on_round(record(2), None)
+    assert [(about["id"], about["mode"], about["resume"]) for about in wandb.inits] == [("w1", "offline", None)]
+    assert wandb.runs["w1"].logged == [(1, SENT), (2, SENT)]
+
+
+def test_mlflow_is_told_what_runs_and_every_round(tmp_path: Path, tiny_config: Any, mlflow: FakeMlflow) -> None:
+    write_metrics(tmp_path, 0)
+    tracker = MLflow(tiny_config("tracking.mlflow=sqlite:///m.db"), tmp_path)
+    tracker.on_round(record(1, loss=math.nan), None)
+    tracker.on_round(record(2, accuracy={"mean": 0.75}), np.array([0.5, 1.0]))
+    tracker.close()
+    names = [call[0] for call in mlflow.calls]
+    (params,) = mlflow.calls.pop(names.index("log_params"))[1:]
+    assert (params["algorithm.name"], params["local.lr"], params["adapter.targets"]) == (
+        "fedavg",
+        0.1,
+        "['qkv', 'mlp']",
+    )
+    assert not [name for name in params if name.startswith(("output", "tracking"))]
+    assert mlflow.calls == [
+        ("set_tracking_uri", "sqlite:///m.db"),
+        ("set_experiment", "fedsim"),
+        ("start_run", None, tmp_path.name),
+        ("log_artifact", str(tmp_path / "config.yaml")),
+        ("log_metrics", {"seconds/total": 2.0, "updates_per_second": 4.25, "round": 1.0}, 1),
+        ("log_metrics", {**SENT, "accuracy/mean": 0.75, "round": 2.0}, 2),
+        ("log_artifact", str(tmp_path / "metrics.jsonl")),
+        ("end_run", "FINISHED"),
+    ]
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_mlflow_goes_on_without_a_round_twice_or_left_out(
+    done: int, tmp_path: Path, tiny_config: Any, mlflow: FakeMlflow
+) -> None:
+    config = tiny_config("tracking.mlflow=sqlite:///m.db", "rounds=4")
+    write_metrics(tmp_path, 0)
+    killed = MLflow(config, tmp_path)
+    for round in (1, 2):
+        killed.on_round(record(round), None)
+    killed.close()
+    write_metrics(tmp_path, done)
+    resumed = MLflow(config, tmp_path)
+    for round in range(done + 1, 5):
+        resumed.on_round(record(round), None)
+    resumed.close()
+    assert [call[1:] for call in mlflow.calls if call[0] == "start_run"] == [(None, tmp_path.name), ("r7", None)]
+    assert [call[2] for call in mlflow.calls if call[0] == "log_metrics"] == [1, 2, 3, 4]
+    assert [call[0] for call in mlflow.calls].count("log_params") == 1
+    assert [call[1] for call in mlflow.calls if call[0] == "end_run"] == ["KILLED", "FINISHED"]
+
+
+# A run and its trackers ------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_resumes_in_all_of_them(
+    tmp_path: Path, tiny_config: Any, stopped_after: Any, wandb: FakeWandb, mlflow: FakeMlflow
+) -> None:
+    settings = ["tracking.wandb=true", "tracking.mlflow=sqlite:///m.db", "rounds=3", f"output={tmp_path / 'run'}"]
+    with stopped_after(2):
+        run(tiny_config(*settings))
+    resume(tmp_path / "run")
+    assert [step for step, _ in steps(tmp_path / "run" / "tensorboard")] == [1, 2, 3]
+    (sent,) = wandb.runs.values()
+    assert [step for step, _ in sent.logged] == [1, 2, 3]
+    assert [call[2] for call in mlflow.calls if call[0] == "log_metrics"] == [1, 2, 3]
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_line(
+    tmp_path: Path, tiny_config: Any, wandb: FakeWandb, mlflow: FakeMlflow, monkeypatch: Any, caplog: Any
+) -> None:
+    def fail(*ignored: Any, **named: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setattr(mlflow, "log_metrics", fail)
+    monkeypatch.setattr(TensorBoard, "close", fail)
+    settings = ["tracking.wandb=true", "tracking.mlflow=sqlite:///m.db"]
+    assert run(tiny_config(*settings, f"output={tmp_path / 'run'}")).summary["status"] == "finished"
+    told = [line.getMessage() for line in caplog.records if line.name == "fedsim.tracking"]
+    assert told == [
+        f"{name} fails, and is left out: ConnectionError: no route" for name in ("W&B", "MLflow", "TensorBoard")
+    ]
+
+
+def test_what_cannot_be_written_to_the_run_folder_stops_the_run(tmp_path: Path, tiny_plan: Plan) -> None:
+    lines, *others = start(tiny_plan.workload, None, tmp_path, 0, 0, Console(quiet=True))  # type: ignore[arg-type]
+    for tracker in others:
+        tracker.close()
+    lines.close()
+    with pytest.raises(ValueError, match="closed file"):
+        lines.on_round(record(1), None)
+
+
+def test_a_service_is_imported_only_where_it_is_asked_for(tmp_path: Path, tiny_config: Any, monkeypatch: Any) -> None:
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    assert run(tiny_config(f"output={tmp_path / 'run'}")).summary["status"] == "finished"
+
+
+def test_a_missing_package_costs_one_line_and_leaves_nothing(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    asked = ["tracking.wandb=true", "tracking.mlflow=sqlite:///m.db"]
+    assert main(["run", *TINY, *asked, f"output={tmp_path / 'run'}"]) == 2
+    wandb_line, mlflow_line = capsys.readouterr().err.splitlines()
+    assert wandb_line.startswith("fedsim: tracking.wandb: ") and 'pip install "fedsim-ray[wandb]"' in wandb_line
+    assert mlflow_line.startswith("fedsim: tracking.mlflow: ") and 'pip install "fedsim-ray[mlflow]"' in mlflow_line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("tracking.wandb_offline=true", "tracking: wandb_offline is for wandb=true"),
+        (
+            "tracking.mlflow=true",
+            "tracking: mlflow is a URI such as sqlite:///mlflow.db or http://host:5000, not 'true'",
+        ),
+    ],
+)
+def test_mistakes_in_the_section(setting: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [setting])
+    assert caught.value.mistakes == [told]
 
 
 # For a person ----------------------------------------------------------------------------------------------------

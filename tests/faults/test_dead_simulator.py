@@ -1,50 +1,182 @@
-"""A simulator that dies is replaced, its blocks are done again, and the results are those of an undisturbed run."""
+"""Simulators and the central actor are killed and stopped; the results are those of an undisturbed run."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
-from fedsim.backend import LocalBackend
-from fedsim.errors import BlockFailedError, ClientError, FedsimError
-from fedsim.plan import prepare
+from fedsim import run as runs
+from fedsim.backend import Backend, LocalBackend
+from fedsim.errors import BlockFailedError, ClientError, NoSimulatorsError
+from fedsim.plan import Plan, prepare
+from fedsim.run import run
+from fedsim.supervisor import Failures
+
+FAULTY = '''"""FedAvg with clients that do harm: a file by their id says what, and in which round."""
+import os, signal
+from pathlib import Path
+import torch
+from fedsim.algorithms.fedavg import FedAvg
+
+class Faulty(FedAvg):
+    def local_update(self, payload, rows, ctx):
+        for client in ctx.ids:
+            fault = Path(__file__).parent / "faults" / str(client)
+            if fault.exists():
+                kind, round = fault.read_text().split()
+                if ctx.round >= int(round):
+                    self.do(kind, fault, len(ctx.ids))
+        return super().local_update(payload, rows, ctx)
+
+    def do(self, kind, fault, clients):
+        if kind == "exit":
+            os._exit(1)
+        if kind == "memory":
+            if clients > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            return
+        if kind == "bug":
+            {}["no such key"]
+        fault.unlink()
+        os.kill(os.getpid(), getattr(signal, kind))
+'''
+BUG_LINE = 1 + FAULTY.splitlines().index('            {}["no such key"]')
+RAY = ("backend=ray", "backend.simulators=2", "backend.min_deadline_s=2")
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", namespace="faults")
-    yield
-    ray.shutdown()
-
-
-def started(tiny_config, *settings):
-    from fedsim.ray_backend import RayBackend
-
-    plan = prepare(tiny_config("backend=ray", "backend.simulators=2", "backend.block_size=1", "cohort=8", *settings))
-    return plan, RayBackend(plan.workload, plan.params, "faults-" + "-".join(settings).replace("=", "."))
-
-
-def restart_ray_with(module: str, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's own module, on the path of driver and workers; these take the one with which Ray was started."""
-    (folder / f"{module}.py").write_text(code)
-    monkeypatch.syspath_prepend(folder)
-    ray.shutdown()
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of faults; a Ray whose workers know the algorithm that commits them."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "faults").mkdir()
+    (folder / "faulty.py").write_text(FAULTY)
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, logging_level="warning", namespace=module,
+        address="local", num_cpus=2, include_dashboard=False, logging_level="warning", namespace="faults",
         runtime_env={"env_vars": {"PYTHONPATH": str(folder)}},
     )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        yield folder / "faults"
+    ray.shutdown()
 
 
-def test_killed_simulators_are_replaced_and_every_block_is_applied_once(cluster, tiny_config):
-    plan, backend = started(tiny_config, "algorithm=pfedseq")
+@pytest.fixture(autouse=True)
+def harmless(faults: Path) -> Iterator[None]:
+    """No fault outlives its test."""
+    yield
+    for file in faults.iterdir():
+        file.unlink()
+
+
+@pytest.fixture(scope="module")
+def pool(faults: Path, tiny_config) -> Iterator[tuple[Plan, Any]]:
+    """A pool with blocks of one client, which all take part in every round."""
+    from fedsim.ray_backend import RayBackend
+
+    plan = prepare(tiny_config(*RAY, "algorithm=faulty:Faulty", "cohort=8", "backend.block_size=1"))
+    backend = RayBackend(plan.workload, plan.params, "faults")
+    yield plan, backend
+    backend.close()
+
+
+def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str, dict[str, Any]]:
+    """All that a run wrote, apart from times and memory, and its failures."""
+    summary = json.loads((folder / "summary.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for measured in ("seconds", "updates_per_second", "peak_memory_mib"):
+        summary.pop(measured)
+        for record in records:
+            record.pop(measured, None)
+    failures = summary.pop("failures")
+    return summary, records, (folder / "clients.csv").read_text(), failures
+
+
+def test_a_killed_and_a_hung_simulator_cost_time_and_nothing_else(faults, tiny_config, tmp_path):
+    settings = ["algorithm=faulty:Faulty", "cohort=8", "backend.block_size=1", "rounds=3"]
+    run(tiny_config(*settings, f"output={tmp_path / 'undisturbed'}"))
+    (faults / "3").write_text("SIGKILL 0")
+    (faults / "6").write_text("SIGSTOP 1")  # by then blocks were timed
+    run(tiny_config(*settings, *RAY, f"output={tmp_path / 'disturbed'}"))
+    *found, failures = results(tmp_path / "disturbed")
+    *expected, none = results(tmp_path / "undisturbed")
+    assert found == expected
+    assert (failures["actors_replaced"], failures["hangs"], failures["blocks_halved"]) == (2, 1, 0)
+    assert not any(none.values())
+
+
+def test_a_client_that_kills_its_simulators_is_found_and_left_out(faults, tiny_config, tmp_path, monkeypatch):
+    settings = ["algorithm=faulty:Faulty", "cohort=8", "backend.block_size=2"]
+    settings += ["backend.on_client_error=quarantine", "backend.max_attempts=1"]
+    (faults / "5").write_text("exit 0")
+    run(tiny_config(*settings, *RAY, f"output={tmp_path / 'deadly'}"))
+    (faults / "5").unlink()
+    # Found out in round 1 or known from the start: for the others it is the same.
+    monkeypatch.setattr(runs, "make_backend", without_client_5)
+    run(tiny_config(*settings, f"output={tmp_path / 'without'}"))
+    *found, failures = results(tmp_path / "deadly")
+    *expected, _ = results(tmp_path / "without")
+    assert found == expected
+    # The block of two died twice, then the client alone.
+    assert {name: failures[name] for name in ("actors_replaced", "blocks_halved", "clients_quarantined")} == {
+        "actors_replaced": 3, "blocks_halved": 1, "clients_quarantined": 1,
+    }  # fmt: skip
+    assert failures["quarantined"] == [5]
+    clients = list(csv.DictReader((tmp_path / "deadly" / "clients.csv").open()))
+    assert [row["quarantined"] for row in clients] == ["0"] * 5 + ["1"] + ["0"] * 2
+    assert [row["rounds"] for row in clients] == ["2"] * 5 + ["0"] + ["2"] * 2
+    assert (clients[5]["test_samples"], clients[5]["accuracy"]) == ("0", "nan")
+
+
+def without_client_5(workload: Any, params: Any, folder: str) -> Backend:
+    backend = LocalBackend(workload, params)
+    backend.failures = Failures(clients_quarantined=1, quarantined=[5])
+    return backend
+
+
+def test_a_lost_server_is_rebuilt_from_the_newest_checkpoint_or_from_the_start(
+    faults, tiny_config, tmp_path, monkeypatch
+):
+    from fedsim.ray_backend import RayBackend
+
+    settings = ["algorithm=pfedseq", "rounds=3", "eval.every=3"]
+    run(tiny_config(*settings, f"output={tmp_path / 'undisturbed'}"))
+    due = ["aggregate 0", "evaluate 2"]  # before there is a checkpoint, and when there are two
+    for stage in ("aggregate", "evaluate"):
+        monkeypatch.setattr(RayBackend, stage, killing_the_server(getattr(RayBackend, stage), stage, due))
+    run(tiny_config(*settings, *RAY, f"output={tmp_path / 'disturbed'}"))
+    assert due == []
+    *found, failures = results(tmp_path / "disturbed")
+    *expected, _ = results(tmp_path / "undisturbed")
+    assert found == expected
+    assert failures["central_restarted"] == 2
+
+
+def killing_the_server(method: Any, stage: str, due: list[str]) -> Any:
+    def disturbed(self: Any, round: int, *values: Any) -> Any:
+        if f"{stage} {round}" in due:
+            due.remove(f"{stage} {round}")
+            os.kill(ray.get(self._central.ready.remote()), signal.SIGKILL)
+        return method(self, round, *values)
+
+    return disturbed
+
+
+def test_dead_simulators_and_lost_results_are_replaced_and_every_block_is_applied_once(pool):
+    plan, backend = pool
+    backend.failures = Failures()
     undisturbed = LocalBackend(plan.workload, plan.params)
     try:
-        for round in range(3):
+        for round in range(2):
             blocks = plan.blocks(plan.sample_cohort(round))
             for pid in backend.pids()[: round + 1]:
                 os.kill(pid, signal.SIGKILL)
@@ -52,69 +184,87 @@ def test_killed_simulators_are_replaced_and_every_block_is_applied_once(cluster,
             for fact, other in zip(facts, expected, strict=True):
                 np.testing.assert_array_equal(fact["ids"], other["ids"])
                 np.testing.assert_array_equal(fact["loss"], other["loss"])
-            assert backend.aggregate(round)["metrics"] == undisturbed.aggregate(round)["metrics"]
-        assert backend.failures.actors_replaced == 5  # one, two, and two: there are only two
-        assert backend.failures.blocks_requeued >= 5
+            requeued = backend.failures.blocks_requeued
+            backend._trained[3].result = of_a_lost_node(plan.workload)
+            assert backend.aggregate(round) == undisturbed.aggregate(round)
+            assert backend.failures.blocks_requeued == requeued + 1
+        found, expected = (b.evaluate(1, plan.evaluation_blocks()) for b in (backend, undisturbed))
+        for fact, other in zip(found, expected, strict=True):
+            assert {key: value.tolist() for key, value in fact.items()} == {k: v.tolist() for k, v in other.items()}
+        assert backend.failures.actors_replaced == 3  # one, and two
+        assert backend.failures.blocks_requeued >= 3 + 2
     finally:
-        backend.close()
         undisturbed.close()
 
 
-def test_a_dead_central_actor_stops_the_run_and_says_so(cluster, tiny_config):
-    plan, backend = started(tiny_config, "algorithm=fedavg")
+def of_a_lost_node(workload: Any) -> Any:
+    """A reference to something that is gone with what should have made it."""
+    from fedsim.ray_backend import SimulatorActor
+
+    actor = SimulatorActor.options(num_cpus=0).remote(workload, 9, 0.0)
+    ray.kill(actor)
+    return actor.ready.remote()
+
+
+def test_an_error_of_the_users_code_is_no_fault_it_stops_the_run_with_its_own_traceback(pool, faults):
+    plan, backend = pool
+    backend.failures = Failures()
+    (faults / "5").write_text("bug 0")
+    with pytest.raises(ClientError) as failure:
+        backend.train(0, plan.blocks(plan.sample_cohort(0)))
+    assert (failure.value.stage, failure.value.round, failure.value.clients) == ("train", 0, [5])
+    assert "KeyError: 'no such key'" in failure.value.original
+    assert f'faulty.py", line {BUG_LINE}' in failure.value.original
+    assert backend.failures == Failures()
+
+
+def test_a_client_that_kills_every_simulator_stops_the_run_and_is_named(pool, faults):
+    plan, backend = pool
+    backend.failures = Failures()
+    (faults / "5").write_text("exit 0")
+    with pytest.raises(BlockFailedError) as failure:
+        backend.train(0, plan.blocks(plan.sample_cohort(0)))
+    assert (failure.value.clients, failure.value.attempts) == ([5], 3)
+    assert backend.failures.actors_replaced == 3
+
+
+def test_blocks_too_large_for_the_gpu_are_halved_by_both_back_ends(pool, faults):
+    plan, backend = pool
+    backend.failures = Failures()
+    local = LocalBackend(plan.workload, plan.params)
+    (faults / "4").write_text("memory 0")
     try:
-        blocks = plan.blocks(plan.sample_cohort(0))
-        backend.train(0, blocks)
-        os.kill(ray.get(backend._central.ready.remote()), signal.SIGKILL)
-        with pytest.raises(FedsimError, match="round 1: the central actor died"):
-            backend.aggregate(0)
-        with pytest.raises(FedsimError, match="round 2: the central actor died"):
-            backend.train(1, blocks)
-        assert set(backend.peak_memory_mib()) == {"driver", "simulator-0", "simulator-1"}
+        for each in (backend, local):
+            facts = each.train(0, [(0, 1, 2), (3, 4, 5, 6, 7)])
+            assert [fact["ids"].tolist() for fact in facts] == [[0, 1, 2], [3, 4], [5], [6, 7]]
+            assert each.failures == Failures(blocks_halved=2)
     finally:
-        backend.close()
+        local.close()
 
 
-def test_a_block_that_kills_every_simulator_stops_the_run_and_is_named(cluster, tiny_config, tmp_path, monkeypatch):
-    code = (
-        "import os\n"
-        "from fedsim.algorithms.fedavg import FedAvg\n"
-        "class Deadly(FedAvg):\n"
-        "    def local_update(self, payload, rows, ctx):\n"
-        "        if 5 in ctx.ids:\n"
-        "            os._exit(1)\n"
-        "        return super().local_update(payload, rows, ctx)\n"
-    )
-    restart_ray_with("deadly", code, tmp_path, monkeypatch)
-    plan, backend = started(tiny_config, "algorithm=deadly:Deadly")
-    try:
-        with pytest.raises(BlockFailedError) as failure:
-            backend.train(0, plan.blocks(plan.sample_cohort(0)))
-        assert failure.value.clients == [5]
-        assert failure.value.attempts == 3
-    finally:
-        backend.close()
+def test_without_room_for_simulators_the_run_waits_then_gives_up_and_says_how_to_go_on(pool, monkeypatch):
+    plan, backend = pool
+    backend.failures = Failures()
+    block = plan.blocks(plan.sample_cohort(0))[:1]
 
+    @ray.remote(num_cpus=1)
+    class Neighbour:
+        def pid(self) -> int:
+            return os.getpid()
 
-def test_an_error_of_the_users_code_is_no_fault_it_stops_the_run_with_its_own_traceback(
-    cluster, tiny_config, tmp_path, monkeypatch
-):
-    code = (
-        "from fedsim.algorithms.fedavg import FedAvg\n"
-        "class Buggy(FedAvg):\n"
-        "    def local_update(self, payload, rows, ctx):\n"
-        "        return {'delta': payload['no such key']}, rows\n"
-    )
-    restart_ray_with("buggy", code, tmp_path, monkeypatch)
-    plan, backend = started(tiny_config, "algorithm=buggy:Buggy")
-    try:
-        with pytest.raises(ClientError) as failure:
-            backend.train(0, plan.blocks(plan.sample_cohort(0)))
-        assert failure.value.stage == "train"
-        assert failure.value.round == 0
-        assert len(failure.value.clients) == 1
-        assert "KeyError: 'no such key'" in failure.value.original
-        assert 'buggy.py", line 4' in failure.value.original
-        assert backend.failures.actors_replaced == 0
-    finally:
-        backend.close()
+    pids = backend.pids()
+    neighbours = [Neighbour.remote() for _ in pids]
+    with monkeypatch.context() as patched:
+        hasty = replace(backend.config, start_timeout_s=1, give_up_after_s=4)
+        patched.setattr(backend, "config", hasty)
+        patched.setattr(backend._pool, "_config", hasty)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        ray.get([neighbour.pid.remote() for neighbour in neighbours])  # they have the room now
+        with pytest.raises(NoSimulatorsError, match=r"round 1: no simulator .* python -m fedsim resume faults$"):
+            backend.train(0, block)
+    assert backend._pool.slots[0].failed_starts >= 2
+    for neighbour in neighbours:
+        ray.kill(neighbour)
+    (facts,) = backend.train(0, block)
+    assert facts["ids"].tolist() == list(block[0])

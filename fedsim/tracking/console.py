@@ -1,69 +1,16 @@
-"""Where metrics go: the console, ``metrics.jsonl``, TensorBoard. A tracker sees every round's record, once."""
+"""What a person sees of a run in the terminal."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-Record = dict[str, Any]
-
-
-class Tracker(Protocol):
-    """One place where metrics go."""
-
-    def on_round(self, record: Record, accuracies: np.ndarray | None) -> None:
-        """A round is done; ``accuracies [N]``: of all clients, if it was evaluated."""
-
-    def close(self) -> None:
-        """No more records."""
-
-
-class JsonLines:
-    """``metrics.jsonl``: one line a round."""
-
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Appends after the first ``keep_bytes``: what a killed run wrote past its checkpoint is cut off."""
-        self._file = path.open("ab")
-        self._file.truncate(min(keep_bytes, self.bytes_written))
-
-    def on_round(self, record: Record, accuracies: np.ndarray | None) -> None:
-        self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
-        self._file.flush()
-
-    @property
-    def bytes_written(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class TensorBoard:
-    """The same scalars, and histograms of clients' accuracies."""
-
-    def __init__(self, folder: Path, rounds_done: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import; only runs need it
-
-        self._writer = SummaryWriter(str(folder), purge_step=rounds_done + 1 if rounds_done else None)
-
-    def on_round(self, record: Record, accuracies: np.ndarray | None) -> None:
-        for name, value in flat(record):
-            self._writer.add_scalar(name, value, record["round"])
-        if accuracies is not None:
-            self._writer.add_histogram("clients/accuracy", accuracies, record["round"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+from fedsim.tracking.record import Record
 
 
 class ConsoleProgress:
@@ -94,24 +41,6 @@ class ConsoleProgress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def finite(value: Any) -> Any:
-    """The value with ``None`` for every number that is not finite: JSON has none of those."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """``{"seconds": {"train": 1.0}}`` as ``("seconds/train", 1.0)``; what is no number is left out."""
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "round":
-            yield f"{prefix}{key}", float(value)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,190 @@
+"""What faults cost: one small run with simulators killed and stopped, a node removed, the driver killed.
+
+    python benchmarks/chaos.py [--rounds 40 --every 5 --driver-kills 20 --seed 0 --out FILE]
+
+Each row is one run, compared with the same run undisturbed: ``equal`` says whether summary, metrics and clients are the
+same bit for bit, apart from times, memory and the counts of failures. ``injected``: faults; ``recovered``: simulators
+that were replaced (one that is hit while it starts, or after its last block, is in no count), or drivers; a driver's
+run is resumed. ``seconds_lost``: per fault, of wall clock. Blocks are of one client: nothing is halved. The simulators
+stand on two Ray nodes of one CPU each; a removed node does not come back, so half of the room goes with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# A cluster of `cluster_utils` would go without, where there is no token yet; the undisturbed run leaves one.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import psutil
+
+SETTINGS = (
+    "algorithm=pfedseq", "env=shapes", "env.num_clients=32", "env.classes=6", "env.classes_per_client=2", "env.px=16",
+    "env.samples_per_client=32", "model=test_vit", "model.weights=random", "model.img_size=16",
+    "model.options={patch_size: 8}", "adapter.width=4", "local.epochs=4", "local.batch_size=4", "cohort=16",
+    "eval.every=10", "backend=ray", "backend.simulators=2", "backend.block_size=1", "backend.dashboard=false",
+    "backend.min_deadline_s=3", "backend.start_timeout_s=60",
+)  # fmt: skip
+HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+def simulators() -> list[psutil.Process]:
+    """The simulators' processes among this one's descendants, but for those that were stopped already."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and "imulator" in title and process.status() != psutil.STATUS_STOPPED:
+                found.append(process)
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return found
+
+
+def rounds_done(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def on_two_nodes(
+    kind: str, remove: bool, rounds: int, every_s: float, seed: int, folder: Path
+) -> tuple[dict[str, int], float]:
+    """A run whose simulators get a signal now and then; faults that were injected, and the seconds that it took."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from fedsim.config import load
+    from fedsim.run import run
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH}
+    )
+    node, over, rng = cluster.add_node(num_cpus=1), threading.Event(), random.Random(seed)
+    injected = {"signals": 0, "nodes": 0}
+
+    def disturb() -> None:
+        while not over.wait(0.2) and not rounds_done(folder):
+            pass  # the pool starts undisturbed
+        while not over.wait(rng.uniform(0.5, 1.5) * every_s):
+            if remove and not injected["nodes"] and rounds_done(folder) >= rounds // 2:
+                cluster.remove_node(node, allow_graceful=False)
+                injected["nodes"] = 1
+            elif kind and (targets := simulators()):
+                rng.choice(targets).send_signal(signal.Signals[kind])
+                injected["signals"] += 1
+
+    ray.init(address=cluster.address, logging_level="warning")
+    thread, start = threading.Thread(target=disturb), time.perf_counter()
+    thread.start()
+    try:
+        run(load(None, [*SETTINGS, f"rounds={rounds}", f"output={folder}"]))
+        return injected, time.perf_counter() - start
+    finally:
+        over.set()
+        thread.join()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def killed_driver(rounds: int, kills: int, longest_s: float, seed: int, folder: Path) -> tuple[dict[str, int], float]:
+    """A run whose driver is killed again and again, up to ``longest_s`` after it was started, and resumed."""
+    rng, injected, start = random.Random(seed), {"drivers": 0}, time.perf_counter()
+    while True:
+        if (folder / "config.yaml").is_file():
+            command = ["resume", str(folder)]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            command = ["run", *SETTINGS, f"rounds={rounds}", f"output={folder}"]
+        process = subprocess.Popen([sys.executable, "-m", "fedsim", *command], stdout=subprocess.DEVNULL)
+        try:
+            code = process.wait(rng.uniform(0, longest_s) if injected["drivers"] < kills else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            injected["drivers"] += 1
+            continue
+        if code:
+            raise RuntimeError(f"python -m fedsim {command[0]} exited with {code}")
+        return injected, time.perf_counter() - start
+
+
+def results(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """All that a run wrote, apart from times and memory; and its failures."""
+    summary = json.loads((folder / "summary.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for measured in ("seconds", "updates_per_second", "peak_memory_mib"):
+        for told in (summary, *records):
+            told.pop(measured, None)
+    failures = summary.pop("failures")
+    return (summary, records, (folder / "clients.csv").read_text()), failures
+
+
+def in_a_process(work: Callable[..., Any], *values: Any) -> Any:
+    """Each run has a Ray of its own, and a process of its own with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(work, *values).result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--every", type=float, default=5, help="mean seconds between two signals")
+    parser.add_argument("--driver-kills", type=int, default=20)
+    parser.add_argument("--driver-s", type=float, default=30, help="a driver is killed within so many seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as name:
+        base, given = Path(name), (options.rounds, options.every, options.seed)
+        drivers = (options.driver_s, options.seed)
+        runs: dict[str, tuple[Any, ...]] = {
+            "none, driver apart": (killed_driver, options.rounds, 0, *drivers),
+            "driver killed": (killed_driver, options.rounds, options.driver_kills, *drivers),
+            "none, two nodes": (on_two_nodes, "", False, *given),
+            "simulator killed": (on_two_nodes, "SIGKILL", False, *given),
+            "simulator stopped": (on_two_nodes, "SIGSTOP", False, *given),
+            "node removed": (on_two_nodes, "", True, *given),
+            "simulators killed, node removed": (on_two_nodes, "SIGKILL", True, *given),
+        }
+        undisturbed_s, expected = 0.0, None
+        for fault, (work, *values) in runs.items():
+            folder = base / fault.replace(" ", "-").replace(",", "")
+            injected, seconds = in_a_process(work, *values, folder)
+            found, failures = results(folder)
+            if fault.startswith("none"):  # what the rows after it are compared with
+                undisturbed_s = seconds
+            expected, total = expected or found, sum(injected.values())
+            row = {
+                "fault": fault,
+                "injected": total,
+                "recovered": total if "drivers" in injected else failures["actors_replaced"],
+                "seconds_lost": round((seconds - undisturbed_s) / max(1, total), 2),
+                "equal": found == expected,
+                "rounds": options.rounds,
+                "seconds": round(seconds, 1),
+                "failures": failures,
+            }
+            print(json.dumps(row), flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
