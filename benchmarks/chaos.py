@@ -69,7 +69,7 @@ def on_two_nodes(
     from ray.cluster_utils import Cluster
 
     from fedsim.config import load
-    from fedsim.run import run
+    from fedsim.simulation import run
 
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH}

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from fedsim import config as configuration
-from fedsim import run as engine
+from fedsim import simulation as engine
 from fedsim.config import Config
 from fedsim.grid import SWEEPS, Settings, overrides, plan
 

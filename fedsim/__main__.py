@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from fedsim import config as configuration
-    from fedsim.run import run
+    from fedsim.simulation import run
 
     config = configuration.load(*_config_and_settings(options.settings))
     if options.dry_run:
@@ -143,7 +143,7 @@ def _width() -> int | None:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from fedsim.run import resume
+    from fedsim.simulation import resume
 
     resume(options.folder, Console())
     return 0

@@ -28,7 +28,7 @@ from fedsim.errors import ConfigError, OutputError
 from fedsim.layout import Layout
 from fedsim.local import LocalContext
 from fedsim.plan import Plan
-from fedsim.run import restored
+from fedsim.simulation import restored
 from fedsim.simulator import guarded
 
 _NAMES = {"down": "down.weight", "down_bias": "down.bias", "up": "up.weight", "up_bias": "up.bias",

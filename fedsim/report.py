@@ -27,7 +27,7 @@ from fedsim.errors import OutputError
 from fedsim.loop import write_atomically
 from fedsim.plan import prepare
 from fedsim.results import class_counts, find, flat_summary, read
-from fedsim.run import output_folder
+from fedsim.simulation import output_folder
 
 
 def print_plan(config: Config) -> None:

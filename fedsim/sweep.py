@@ -27,6 +27,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fedsim import config as configuration
+from fedsim.callbacks import Callback
 from fedsim.comparison import shown
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FedsimError, OutputError
@@ -35,7 +36,7 @@ from fedsim.loop import write_atomically
 from fedsim.ray_backend import connect, gpu_fraction
 from fedsim.report import report, seeds_table, write_results
 from fedsim.results import flat, flat_summary
-from fedsim.run import resume, run, terminate_as_interrupt
+from fedsim.simulation import resume, run, terminate_as_interrupt
 from fedsim.tracking import Record
 
 LOCK = ".lock"
@@ -271,15 +272,12 @@ def _trial(point: Mapping[str, str], configs: Mapping[str, Config], out: Path) -
             tune.report({"error": str(error).partition("\n")[0], "round": 0, "accuracy": 0.0})
 
 
-class ToTune:
-    """A tracker that tells Tune how far a run is, and how good."""
+class ToTune(Callback):
+    """Tells Tune how far a run is, and how good."""
 
     def __init__(self) -> None:
         self._accuracy = 0.0
 
-    def on_round(self, record: Record, accuracy: np.ndarray | None) -> None:
+    def on_round_end(self, record: Record, accuracies: np.ndarray | None) -> None:
         self._accuracy = record.get("accuracy", {}).get("mean", self._accuracy)
         tune.report({"round": record["round"], "accuracy": self._accuracy})
-
-    def close(self) -> None:
-        pass

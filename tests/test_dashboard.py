@@ -19,7 +19,7 @@ from ray.job_config import JobConfig
 
 from fedsim import __version__, loop
 from fedsim.ray_backend import dashboard_url
-from fedsim.run import run
+from fedsim.simulation import run
 from fedsim.tracking.ray_metrics import METRICS, PoolMetrics, job_metadata
 
 PATIENCE_S = 60.0  # Ray exports every second here, elsewhere every ten

@@ -24,7 +24,7 @@ from conftest import TINY
 from torch import nn
 
 from fedsim import config, registry
-from fedsim import run as running
+from fedsim import simulation as running
 from fedsim.__main__ import main
 from fedsim.algorithm import Algorithm
 from fedsim.config import Config

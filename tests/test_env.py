@@ -18,7 +18,7 @@ from fedsim.config import Config, load
 from fedsim.env import FederatedData, Ragged, held_out, save_partition, saved_about
 from fedsim.errors import CheckpointError, ConfigError
 from fedsim.plan import prepare
-from fedsim.run import resume, run
+from fedsim.simulation import resume, run
 
 Make = Callable[..., Config]
 

@@ -23,7 +23,7 @@ from fedsim.__main__ import main
 from fedsim.config import load
 from fedsim.export import state_dict
 from fedsim.layout import Layout
-from fedsim.run import Result, restored, run
+from fedsim.simulation import Result, restored, run
 
 DOCS = Path(__file__).parent.parent / "docs" / "export.md"
 CLIENT = 3

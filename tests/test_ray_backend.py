@@ -16,7 +16,7 @@ from fedsim.__main__ import main
 from fedsim.config import BackendConfig
 from fedsim.errors import ConfigError
 from fedsim.plan import prepare
-from fedsim.run import resume, run
+from fedsim.simulation import resume, run
 
 
 def test_a_whole_run_on_ray_leaves_nothing_running(tmp_path, capsys):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from conftest import TINY
 
@@ -35,6 +36,18 @@ def test_the_example_of_an_algorithm_runs_and_does_what_it_says(tmp_path, monkey
     assert loss(proximal, "algorithm.mu=0") == loss("algorithm=fedavg")
     assert loss(proximal, "algorithm.mu=5") > loss("algorithm=fedavg")
     assert main(["run", *TINY, proximal, "algorithm.mu=0.1", f"output={tmp_path / 'run'}"]) == 0
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(import fedsim\n.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny = [setting for setting in TINY if not setting.startswith("algorithm")]
+    names: dict[str, Any] = {}
+    exec(code.replace('"backend=local"]', f'"backend=local", *{tiny!r}]'), names)  # the same, smaller
+    result = names["result"]
+    assert result.summary["algorithm"] == "ditto" and result.summary["seed"] == 1
+    assert (tmp_path / result.folder / "summary.json").is_file()
+    assert set(result.adapters(7)) >= {"head.weight", "head.bias"}
 
 
 def test_the_mistakes_shown_are_those_that_are_printed(capsys):

@@ -20,7 +20,7 @@ from fedsim.config import load
 from fedsim.env import FederatedData, Ragged
 from fedsim.errors import ConfigError
 from fedsim.plan import Plan
-from fedsim.run import resume, run
+from fedsim.simulation import resume, run
 from fedsim.tracking import (
     ConsoleProgress,
     JsonLines,

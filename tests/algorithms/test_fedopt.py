@@ -9,7 +9,7 @@ from by_hand import Federation, equal, make
 
 from fedsim.backend import LocalBackend
 from fedsim.plan import prepare
-from fedsim.run import resume, run
+from fedsim.simulation import resume, run
 
 HALVES = {"lr": 1.0, "beta1": 0.5, "beta2": 0.5, "eps": 1.0}
 

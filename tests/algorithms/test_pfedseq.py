@@ -8,7 +8,7 @@ from by_hand import Federation, equal, make
 
 from fedsim.algorithm import Cohort
 from fedsim.algorithms.pfedseq import _half, _next_of_same
-from fedsim.run import resume, run
+from fedsim.simulation import resume, run
 
 
 def test_round_one_is_fedavg_and_then_last_gives_each_client_its_own_residual_back():

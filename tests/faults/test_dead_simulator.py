@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import ray
 
-from fedsim import run as runs
+from fedsim import simulation as runs
 from fedsim.backend import Backend, LocalBackend
 from fedsim.errors import BlockFailedError, ClientError, NoSimulatorsError
 from fedsim.plan import Plan, prepare
-from fedsim.run import run
+from fedsim.simulation import run
 from fedsim.supervisor import Failures
 
 FAULTY = '''"""FedAvg with clients that do harm: a file by their id says what, and in which round."""

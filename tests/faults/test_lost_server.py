@@ -11,7 +11,7 @@ import pytest
 
 from fedsim.backend import LocalBackend
 from fedsim.errors import CentralLostError
-from fedsim.run import run
+from fedsim.simulation import run
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fedsim.config import Config
 from fedsim.env import Ragged
 from fedsim.local import LocalContext
 from fedsim.plan import Plan, prepare
-from fedsim.run import resume, run
+from fedsim.simulation import resume, run
 from fedsim.simulator import Facts, Simulator
 
 ALGORITHMS = registry.names("fedsim.algorithms", Algorithm)

@@ -13,7 +13,7 @@ from fedsim.config import Config
 from fedsim.errors import ConfigError
 from fedsim.models.vit import VitModel
 from fedsim.plan import prepare
-from fedsim.run import run
+from fedsim.simulation import run
 
 Tiny = Callable[..., Config]
 TWO_OF_THREE = ("model.options={patch_size: 8, depth: 3}", "adapter.blocks=last:2")

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -22,12 +23,17 @@ from torch import Tensor
 
 from fedsim import __version__, checkpoint, tracking
 from fedsim.backend import Backend, LocalBackend, make_backend
+from fedsim.callbacks import Callback, Called
 from fedsim.config import Config, load, to_tree
 from fedsim.env import save_partition
 from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError
 from fedsim.loop import Progress, run_rounds, summarise, write_atomically, write_results
 from fedsim.plan import Plan, prepare
+from fedsim.simulator import guarded
 from fedsim.tracking import Tracker, closing_table
+
+if TYPE_CHECKING:
+    import pandas
 
 MOST_RESTARTS = 3  # of a central actor that is lost again and again before another round is done
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "omegaconf")
@@ -50,14 +56,27 @@ class Result:
 
         return personal_model(self.folder, client).tensors
 
+    def rounds(self) -> pandas.DataFrame:
+        """``metrics.jsonl``: a row a round, columns like ``accuracy.mean`` and ``seconds.train``."""
+        import pandas
 
-def run(config: Config, console: Console | None = None, trackers: Sequence[Tracker] = ()) -> Result:
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return pandas.json_normalize([json.loads(line) for line in lines]).set_index("round")
+
+    def clients(self) -> pandas.DataFrame:
+        """``clients.csv``: a row a client."""
+        import pandas
+
+        return pandas.read_csv(self.folder / "clients.csv", index_col="client")
+
+
+def run(config: Config, console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Result:
     """Runs a simulation into a new run folder.
 
     Args:
         config: what to run.
         console: for a person; default: none.
-        trackers: more places where each round's metrics go, after those of the run folder.
+        callbacks: a user's own code, called after what the run folder is told.
 
     Raises:
         UserError: a mistake in configuration, data, weights or output; nothing was written then.
@@ -69,12 +88,12 @@ def run(config: Config, console: Console | None = None, trackers: Sequence[Track
     backend = make_backend(plan.workload, plan.params, str(folder))
     try:
         _create(folder, plan)
-        return _go(plan, backend, folder, _restored(plan, backend, None), console, trackers)
+        return _go(plan, backend, folder, _restored(plan, backend, None), console, callbacks)
     finally:
         backend.close()
 
 
-def resume(folder: Path, console: Console | None = None, trackers: Sequence[Tracker] = ()) -> Result:
+def resume(folder: Path, console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Result:
     """Goes on from the newest valid checkpoint of a run folder; a run without one starts over. Arguments as of ``run``.
 
     Raises:
@@ -94,7 +113,7 @@ def resume(folder: Path, console: Console | None = None, trackers: Sequence[Trac
         progress = _restored(plan, backend, newest)
         backend.failures = replace(backend.failures, **progress.failures)
         console.print(f"resuming {folder} after round {progress.round} of {config.rounds}", highlight=False)
-        return _go(plan, backend, folder, progress, console, trackers)
+        return _go(plan, backend, folder, progress, console, callbacks)
     finally:
         backend.close()
 
@@ -142,7 +161,7 @@ def _restored(plan: Plan, backend: Backend, newest: Path | None) -> Progress:
 
 
 def _go(
-    plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, more: Sequence[Tracker]
+    plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, callbacks: Sequence[Callback]
 ) -> Result:
     console.print(backend.describe(), highlight=False, soft_wrap=True)
     blocks = len(plan.blocks(plan.sample_cohort(0)))
@@ -157,7 +176,7 @@ def _go(
                     if losses:
                         backend.rebuild()
                         progress = _restored(plan, backend, _newest(folder, console))
-                    _play(plan, backend, folder, progress, console, more)
+                    _play(plan, backend, folder, progress, console, callbacks)
                     break
                 except CentralLostError as error:
                     losses = 1 if progress.round > furthest else losses + 1
@@ -174,18 +193,22 @@ def _go(
         raise
     summary = summarise(plan, progress, backend.peak_memory_mib(), "finished")
     write_results(folder, plan, progress, summary)
+    for callback in callbacks:
+        name = f"{type(callback).__name__}.on_run_end"
+        guarded(name, plan.workload.config.rounds - 1, (), partial(callback.on_run_end, summary))
     console.print(closing_table(summary))
     console.print(f"results in {folder}", highlight=False, soft_wrap=True)
     return Result(folder, summary)
 
 
 def _play(
-    plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, more: Sequence[Tracker]
+    plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, callbacks: Sequence[Callback]
 ) -> None:
     """The rounds that are left, with trackers that begin where ``progress`` stands."""
     begun = tracking.start(plan.workload, backend, folder, progress.round, progress.metrics_bytes, console)
-    trackers = [*begun, *more]
+    trackers: list[Tracker] = list(begun)
     try:
+        trackers += [Called(callback, plan, progress.round) for callback in callbacks]
         run_rounds(plan, backend, folder, trackers, progress)
     finally:
         for tracker in trackers:
