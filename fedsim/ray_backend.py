@@ -13,19 +13,17 @@ import math
 import os
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.job_config import JobConfig
 from torch import Tensor
 
-from fedsim.algorithm import State
-from fedsim.backend import Backend, Block, memory_told, own_peak_memory_mib
+from fedsim.actors import CentralActor, SimulatorActor, put_frozen
+from fedsim.backend import Backend, Block, own_peak_memory_mib
 from fedsim.config import BackendConfig
 from fedsim.errors import (
     CentralLostError,
@@ -35,102 +33,11 @@ from fedsim.errors import (
     FedsimError,
     NoSimulatorsError,
 )
-from fedsim.models.vit import as_tensors
-from fedsim.server import Server
-from fedsim.simulator import Facts, Simulator, Workload
+from fedsim.simulator import Facts, Workload
 from fedsim.supervisor import Piece, Pool, Slot, Stage
 from fedsim.tracking.ray_metrics import PoolMetrics, job_metadata
 
-Arrays = dict[str, np.ndarray]
-
 _log = logging.getLogger(__name__)
-
-
-def to_arrays(state: State) -> Arrays:
-    """Numpy arrays pass Ray's store without a copy; torch tensors are copied on put and on get."""
-    return {name: value.numpy() for name, value in state.items()}
-
-
-@ray.remote(max_restarts=0)
-class CentralActor:
-    """The server, in its own process."""
-
-    def __init__(self, workload: Workload, params: np.ndarray) -> None:
-        torch.set_num_threads(workload.config.backend.threads)
-        self.server = Server(workload, torch.from_numpy(params.copy()))
-
-    def __repr__(self) -> str:
-        return "central"
-
-    def ready(self) -> int:
-        return os.getpid()
-
-    @ray.method(num_returns=2)
-    def broadcast(self, round: int, ids: Block) -> tuple[Arrays, Arrays]:
-        payload, rows = self.server.broadcast(round, ids)
-        return to_arrays(payload), to_arrays(rows)
-
-    def average(self) -> np.ndarray | None:
-        average = self.server.average()
-        return None if average is None else average.numpy()
-
-    def aggregate(self, round: int, blocks: list[Block], *results: tuple[Arrays, Arrays]) -> Facts:
-        return self.server.aggregate(
-            round, blocks, [(as_tensors(update), as_tensors(rows)) for update, rows in results]
-        )
-
-    def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.server.save(folder, facts)
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        return self.server.load(folder)
-
-    def peak_memory_mib(self) -> float:
-        return own_peak_memory_mib()
-
-
-@ray.remote(max_restarts=0)
-class SimulatorActor:
-    """One simulator, in its own process, on its share of a GPU or on CPU cores."""
-
-    def __init__(self, workload: Workload, number: int, gpu_fraction: float) -> None:
-        torch.set_num_threads(workload.config.backend.threads)
-        self.number = number
-        if gpu_fraction:
-            # `num_gpus` is bookkeeping; this is a soft cap, so that neighbours on the card cannot starve each other.
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_fraction))
-        self.simulator = Simulator(workload, "cuda" if gpu_fraction else "cpu")
-
-    def __repr__(self) -> str:
-        return f"simulator-{self.number}"
-
-    def ready(self) -> int:
-        return os.getpid()
-
-    @ray.method(num_returns=2)
-    def train(
-        self, round: int, ids: Block, payload: Arrays, rows: Arrays
-    ) -> tuple[Facts | FedsimError, tuple[Arrays, Arrays] | None]:
-        try:
-            with memory_told(ids):
-                facts, update, new_rows = self.simulator.train(round, ids, as_tensors(payload), as_tensors(rows))
-        except FedsimError as error:  # returned: Ray would print it once more for the result, which nobody reads
-            return error, None
-        return facts, (to_arrays(update), to_arrays(new_rows))
-
-    @ray.method(num_returns=2)
-    def evaluate(
-        self, round: int, ids: Block, payload: Arrays, rows: Arrays, average: np.ndarray | None
-    ) -> tuple[Facts | FedsimError, None]:
-        mean = None if average is None else torch.from_numpy(average.copy())
-        try:
-            with memory_told(ids):
-                return self.simulator.evaluate(round, ids, as_tensors(payload), as_tensors(rows), mean), None
-        except FedsimError as error:
-            return error, None
-
-    def peak_memory_mib(self) -> float:
-        return own_peak_memory_mib()
 
 
 @dataclass
@@ -163,7 +70,8 @@ class RayBackend(Backend):
         self._metrics = PoolMetrics(run)
         try:
             self.gpu_fraction, simulators = _size_pool(self.config)
-            self._workload = ray.put(workload)
+            # Apart: the server needs no weights, and the runs of a sweep share them.
+            self._workload, self._frozen = ray.put(replace(workload, frozen={})), put_frozen(workload.frozen)
             self._pool = Pool(self.config, simulators)
             self._central = self._start_central()
             self._start_due(time.monotonic())
@@ -202,7 +110,7 @@ class RayBackend(Backend):
                 namespace=self._namespace,
                 num_cpus=0 if self.gpu_fraction else self.config.threads,
                 num_gpus=self.gpu_fraction,
-            ).remote(self._workload, slot.number, self.gpu_fraction)
+            ).remote(self._workload, self._frozen, slot.number, self.gpu_fraction)
             slot.starts += 1
             self._ask_whether_ready(slot, now)
 

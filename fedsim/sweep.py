@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fedsim import config as configuration
+from fedsim.actors import Weights
 from fedsim.callbacks import Callback
 from fedsim.comparison import shown
 from fedsim.config import Config
@@ -218,9 +220,10 @@ def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int |
     most = max(config.rounds for config in configs.values())
     every = max(config.eval.every for config in configs.values())
     asha = tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)
-    trainable = tune.with_parameters(_trial, configs=dict(configs), out=out.absolute())
-    ours = connect(next(iter(configs.values())).backend, "sweep")
+    ours = connect(next(iter(configs.values())).backend, f"sweep-{uuid.uuid4().hex[:6]}")
+    weights = Weights.options(name="weights").remote()  # type: ignore[attr-defined]
     try:
+        trainable = tune.with_parameters(_trial, configs=dict(configs), out=out.absolute())
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda point: _resources(configs[point["run"]])),
             param_space={"run": tune.grid_search(list(configs))},
@@ -240,6 +243,8 @@ def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int |
     finally:
         if ours:
             ray.shutdown()
+        else:
+            ray.kill(weights)
         shutil.rmtree(out / ".tune", ignore_errors=True)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,9 +11,11 @@ import ray
 from conftest import TINY
 
 from fedsim.__main__ import main
+from fedsim.actors import Weights, put_frozen
 from fedsim.config import BackendConfig
 from fedsim.errors import ConfigError
 from fedsim.plan import prepare
+from fedsim.ray_backend import RayBackend
 from fedsim.simulation import resume, run
 
 
@@ -40,43 +40,32 @@ def test_a_run_that_stopped_on_ray_resumes_on_ray_to_the_same_numbers(tmp_path, 
         assert summary[key] == expected[key]
 
 
-def test_the_dashboard_shows_the_actors_by_name_and_asks_for_the_token(tiny_config):
-    from fedsim.ray_backend import RayBackend, dashboard_url
-
-    plan = prepare(tiny_config("backend=ray", "backend.simulators=2"))
-    backend = RayBackend(plan.workload, plan.params, "a-run")
-    try:
-        backend.train(0, [tuple(np.arange(4).tolist())])
-        url = f"{dashboard_url()}/api/v0/actors?detail=true"
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(url, timeout=60)
-        assert refused.value.code == 401
-        token = (Path.home() / ".ray" / "auth_token").read_text().strip()
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            actors = json.load(answer)["data"]["result"]["result"]
-        alive = {actor["name"]: actor for actor in actors if actor["state"] == "ALIVE"}
-        assert set(alive) == {"central", "simulator-0", "simulator-1"}
-        assert all(actor["ray_namespace"].startswith("a-run-") for actor in alive.values())
-        assert "dashboard http://127.0.0.1:" in backend.describe()
-        assert token not in backend.describe()
-    finally:
-        backend.close()
-
-
-def test_more_simulators_than_the_cluster_holds_is_refused(tiny_config):
-    from fedsim.ray_backend import RayBackend
-
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="warning")
-    try:
-        plan = prepare(tiny_config("backend=ray", "backend.simulators=4"))
-        with pytest.raises(ConfigError, match="4 simulators of 1 CPU each, the cluster has room for 1"):
-            RayBackend(plan.workload, plan.params, "too-many")
-    finally:
-        ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def test_more_simulators_than_the_cluster_holds_is_refused(cluster, tiny_config):
+    plan = prepare(tiny_config("backend=ray", "backend.simulators=4"))
+    with pytest.raises(ConfigError, match="4 simulators of 1 CPU each, the cluster has room for 1"):
+        RayBackend(plan.workload, plan.params, "too-many")
 
 
 def test_defaults_are_those_of_the_design():
     config = BackendConfig()
     assert (config.name, config.simulators, config.max_attempts) == ("ray", 0, 3)
     assert (config.on_client_error, config.give_up_after_s) == ("raise", 600)
+
+
+def test_the_runs_of_a_sweep_share_frozen_weights(cluster):
+    frozen, same, other = ({"w": np.full(9, value, dtype=np.float32)} for value in (1.0, 1.0, 2.0))
+    assert put_frozen(frozen) != put_frozen(same)  # no sweep, nothing shared
+    weights = Weights.options(name="weights").remote()
+    try:
+        first, second, third = put_frozen(frozen), put_frozen(same), put_frozen(other)
+        assert first == second != third
+        assert ray.get(second)["w"].tolist() == [1.0] * 9 and ray.get(third)["w"].tolist() == [2.0] * 9
+    finally:
+        ray.kill(weights)

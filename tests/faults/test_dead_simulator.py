@@ -199,9 +199,9 @@ def test_dead_simulators_and_lost_results_are_replaced_and_every_block_is_applie
 
 def of_a_lost_node(workload: Any) -> Any:
     """A reference to something that is gone with what should have made it."""
-    from fedsim.ray_backend import SimulatorActor
+    from fedsim.actors import SimulatorActor
 
-    actor = SimulatorActor.options(num_cpus=0).remote(workload, 9, 0.0)
+    actor = SimulatorActor.options(num_cpus=0).remote(workload, workload.frozen, 9, 0.0)
     ray.kill(actor)
     return actor.ready.remote()
 
