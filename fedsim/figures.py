@@ -6,11 +6,13 @@ In the SVG every colour is a variable of the page's style sheet (``page.html``),
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -103,6 +105,35 @@ def draw(task: Task, counts: np.ndarray | None, folder: Path, prefix: str) -> li
             pictures.append(Picture(name, title, _svg(figure)))
             _png(figure, title, legend, folder / f"{prefix}{name}.png")
     return pictures
+
+
+def draw_sweep(rows: Sequence[Mapping[str, Any]], key: str, file: Path) -> None:
+    """Accuracy, and seconds, against a setting that was swept: a PNG.
+
+    Args:
+        rows: lines of a sweep's ``table.csv``, as dicts; ``key`` is a number in all of them.
+        key: the setting; what else was swept tells the lines apart.
+        file: the picture.
+    """
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: float(row[key])):
+        lines.setdefault(row["runs"].replace(f"{key.rpartition('.')[2]}={row[key]}", "").strip(), []).append(row)
+    places = [float(row[key]) for row in rows]
+    with rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(2 * _WIDE, _HIGH), layout="constrained")
+        legend: list[Line2D | Patch] = []
+        for axes, measure, title in zip(
+            figure.subplots(1, 2), ("accuracy.mean", "seconds.total"), ("accuracy", "seconds"), strict=True
+        ):
+            for (label, own), color, marker in zip(lines.items(), itertools.cycle(SERIES), itertools.cycle(MARKERS)):
+                x, y = ([float(row[name]) for row in own] for name in (key, measure))
+                axes.errorbar(x, y, [row[f"{measure}.std"] or 0 for row in own], color=color, marker=marker)
+                if measure == "seconds.total" and label:
+                    legend.append(Line2D([], [], color=color, marker=marker, label=label))
+            if min(places) > 0 and max(places) >= 20 * min(places):
+                axes.set_xscale("log")
+            axes.set(title=title, xlabel=key)
+        _png(figure, "", legend, file)
 
 
 Drawn = dict[str, tuple[Figure, str, list[Line2D | Patch]]]

@@ -9,6 +9,8 @@ the cache's files, of which a machine holds one copy in memory.
 from __future__ import annotations
 
 import fcntl
+import logging
+import math
 import os
 import shutil
 import signal
@@ -92,11 +94,30 @@ def run_sweep(
     if rows:
         console.print(seeds_table(rows))
         report([out], out / "report", Console(quiet=True))
+        _draw(sweep, rows, out / "report")
     for line in board.failed:
         _say(console, line)
     then = f"; try again with: {again}" if board.failed else ""
     _say(console, f"results.csv, table.csv and the page report/index.html in {out}{then}")
     return not board.failed
+
+
+def _draw(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A picture for each key of the grid whose values are three numbers or more."""
+    try:
+        from fedsim import figures
+    except ModuleNotFoundError:
+        return  # `report` has said what it takes
+    for key in (key for key in sweep.grid if key != "seed"):
+        if all(_is_number(row[key]) for row in rows) and len({row[key] for row in rows}) > 2:
+            figures.draw_sweep(rows, key, folder / f"sweep-{key.rpartition('.')[2]}.png")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _ended(folder: Path) -> bool:
@@ -217,6 +238,7 @@ def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int |
     # Tune would move every run into a folder of its own, keep logs beside ours, and take Ctrl-C for itself.
     own = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
     os.environ.update(own)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told by the board and the runs' logs
     most = max(config.rounds for config in configs.values())
     every = max(config.eval.every for config in configs.values())
     asha = tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)

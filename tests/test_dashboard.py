@@ -150,6 +150,9 @@ def test_metrics_are_exported_by_run(watched):
         "actors_replaced", "hangs", "blocks_requeued", "blocks_halved", "central_restarted", "clients_quarantined",
     }  # fmt: skip
     assert (found["ray_fedsim_queue_length"], found["ray_fedsim_simulators"]) == ({run: 3.0}, {run: 2.0})
+    seconds = found["ray_fedsim_block_seconds_bucket"]
+    blocks = {stage: value for (_, stage, le), value in seconds.items() if le == "+Inf"}
+    assert blocks == {"train": 2 * 2, "evaluate": 2 * 4, "check": 3}  # two rounds, of 4 and of 8 clients in twos
     counts = {
         le: value for (_, stage, le), value in found["ray_fedsim_block_seconds_bucket"].items() if stage == "check"
     }

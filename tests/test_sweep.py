@@ -197,7 +197,7 @@ def test_shipped_sweeps_resolve_and_begin_with_their_command(file, monkeypatch):
     assert f"python -m fedsim sweep {file.stem}" in first.replace("  ", "\n").splitlines()[0]
     _, configs = plan(file.stem, [])
     assert len(configs) > 1
-    assert {(config.model.cached_prefix, config.backend.name) for config in configs.values()} == {("fp16", "local")}
+    assert {config.backend.name for config in configs.values()} == {"local"}
 
 
 def test_list_names_the_shipped_sweeps(capsys):
@@ -362,3 +362,44 @@ def test_resume_takes_the_folder_and_nothing_else(tmp_path, capsys):
     assert line == f"--resume: {tmp_path} is not the folder of a sweep (no sweep.yaml)"
     (line,) = refused(["seed=0,1", "--resume", str(tmp_path)], capsys)
     assert line == "--resume: the folder says what to run; leave settings, --out and --samples out"
+
+
+class Trial:
+    def __init__(self, name: str) -> None:
+        self.config, self.status = {"run": name}, "RUNNING"
+
+
+def test_a_run_that_was_stopped_early_is_told_of_and_not_begun_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def stops_the_first(configs: Any, out: Path, board: sweeping.Board, *_: Any) -> None:
+        assert list(configs) == ["seed=0", "seed=1"]
+        (out / "seed=0").mkdir()
+        board.on_trial_result(1, [], Trial("seed=0"), {"round": 1, "accuracy": 0.25})
+        board.on_trial_complete(1, [], Trial("seed=0"))
+        board.on_trial_error(1, [], Trial("seed=1"))
+
+    monkeypatch.setattr(sweeping, "_on_tune", stops_the_first)
+    command = ["sweep", *TINY, "seed=0,1", "eval.validation=0.2", "--early-stop", "--out", "out"]
+    assert main(command) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:3] == ["1/2  seed=0  accuracy 0.250  stopped after round 1", "2/2  seed=1  failed"]
+    assert "failed: seed=1 (its process died; see its log)" in printed
+
+    monkeypatch.setattr(sweeping, "_on_tune", lambda configs, *_: seen.extend(configs))
+    seen: list[str] = []
+    main(command)
+    assert seen == ["seed=1"]
+
+
+def test_a_picture_for_each_key_of_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "report").mkdir()
+    sweep, _ = plan(None, ["algorithm=fedavg,local", "cohort=2,4,8", "backend.block_size=4,8"])
+    rows = [
+        {"runs": run.label, **run.swept, "accuracy.mean": 0.5, "accuracy.mean.std": None, "seconds.total": 1.0,
+         "seconds.total.std": None} for run in sweep.runs()
+    ]  # fmt: skip
+    sweeping._draw(sweep, rows, tmp_path / "report")
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["sweep-cohort.png"]
+    assert (tmp_path / "report" / "sweep-cohort.png").read_bytes().startswith(b"\x89PNG")
