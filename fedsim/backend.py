@@ -60,7 +60,7 @@ class Backend(ABC):
 
     @abstractmethod
     def aggregate(self, round: int) -> Facts:
-        """The server takes the round's updates, all at once; facts: bytes up, the algorithm's own metrics."""
+        """The server takes the round's updates, all at once; facts as of ``Server.aggregate``."""
 
     @abstractmethod
     def evaluate(self, round: int, blocks: list[Block]) -> list[Facts]:

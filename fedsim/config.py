@@ -208,6 +208,7 @@ class Config:
     cohort: float
     output: str
     precision: str
+    nonfinite: str
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,11 @@ class _Top:
     cohort: float = setting(10, "clients a round: a count from 1, or a share below 1", low=0)
     output: str = setting("", "the run folder; default: runs/<time>-<algorithm>")
     precision: str = setting("fp32", "arithmetic of the backbone", choices=("fp32", "bf16"))
+    nonfinite: str = setting(
+        "raise",
+        "what a NaN or an infinite number in a client's update does: stops the run, or leaves the client out of the round",
+        choices=("raise", "skip"),
+    )
 
 
 # `section=NAME` sets this key of the section.

@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from fedsim.metrics import Evaluation, by_client, client_rows, train_loss
 from fedsim.plan import Plan
 from fedsim.simulator import Facts
 from fedsim.tracking import Record, Tracker, finite
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,7 +80,13 @@ def run_rounds(plan: Plan, backend: Backend, folder: Path, trackers: list[Tracke
 
         evaluation = Evaluation(evaluated) if evaluated else None
         record = _record(round, trained, aggregated, evaluation, clock)
-        _advance(progress, record, by_client(trained, "ids")[0], evaluated, asdict(backend.failures))
+        if skipped := aggregated["skipped"]:
+            _log.warning("round %d: the updates of clients %s are not finite; nothing is taken of them",
+                         round + 1, skipped)  # fmt: skip
+        # Counted from what the checkpoint says: rounds that are repeated after a lost server count once.
+        backend.failures.updates_skipped = progress.failures.get("updates_skipped", 0) + len(skipped)
+        taken = np.setdiff1d(by_client(trained, "ids")[0], skipped)
+        _advance(progress, record, taken, evaluated, asdict(backend.failures))
         for tracker in trackers:
             tracker.on_round(record, evaluation.accuracy if evaluation else None)
         if (round + 1) % config.checkpoint.every == 0 or round + 1 == config.rounds:
@@ -107,12 +116,14 @@ def _record(
     updates = sum(len(fact["ids"]) for fact in trained)
     record = {
         "round": round + 1,
-        "loss": train_loss(trained),
+        "loss": train_loss(trained, aggregated["skipped"]),
         "bytes": {"up": aggregated["bytes_up"], "down": sum(fact["bytes_down"] for fact in trained)},
         "seconds": seconds,
         "updates": updates,
         "updates_per_second": round_to(updates / (clock.seconds["train"] + clock.seconds["server"]), 3),
     }
+    if aggregated["skipped"]:
+        record["skipped"] = aggregated["skipped"]
     if aggregated["metrics"]:
         record["algorithm"] = aggregated["metrics"]
     if evaluation:

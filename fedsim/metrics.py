@@ -22,11 +22,13 @@ def by_client(facts: list[Facts], key: str) -> tuple[np.ndarray, np.ndarray]:
     return ids[order], np.concatenate([fact[key] for fact in facts])[order]
 
 
-def train_loss(facts: list[Facts]) -> float:
-    """Mean training loss of the cohort, weighted by samples."""
-    _, losses = by_client(facts, "loss")
+def train_loss(facts: list[Facts], skipped: Sequence[int] = ()) -> float:
+    """Mean training loss of the cohort but for those who were skipped, weighted by samples; NaN if nobody is left."""
+    ids, losses = by_client(facts, "loss")
     _, samples = by_client(facts, "samples")
-    return float((losses.astype(np.float64) * samples).sum() / samples.sum())
+    taken = ~np.isin(ids, skipped)
+    losses, samples = losses[taken].astype(np.float64), samples[taken]
+    return float((losses * samples).sum() / samples.sum()) if taken.any() else math.nan
 
 
 def distribution(correct: np.ndarray, total: np.ndarray) -> dict[str, float]:

@@ -34,6 +34,7 @@ class Server:
         self.store = Store(template, workload.data.num_clients)
         self.rounds_taken = Store({"rounds": torch.tensor(0)}, workload.data.num_clients)
         self.evaluated = Latest()
+        self._skips = workload.config.nonfinite == "skip"
         self._journal: Journal | None = None
         # A checkpoint of another run is told by these.
         self.run = {"algorithm": workload.config.algorithm.name, "clients": workload.data.num_clients, "d": len(params)}
@@ -53,16 +54,26 @@ class Server:
     def aggregate(self, round: int, blocks: list[tuple[int, ...]], results: list[tuple[State, State]]) -> Facts:
         """Applies all blocks' ``(update, new rows)`` at once, in the order of the clients' ids.
 
+        Returns:
+            Facts: bytes up, of all clients; ids of those who were ``skipped``, of whom nothing is taken and nothing is
+            changed; the algorithm's ``metrics`` and ``seconds``, if anyone is left for it.
+
         Raises:
-            ClientError: the algorithm failed, or what a block returned is not finite or not like the others'.
+            ClientError: the algorithm failed, what a block returned is not like the others', or it is not finite and
+                ``nonfinite`` is ``raise``.
         """
         ids = torch.tensor([client for block in blocks for client in block])
         order = ids.argsort()
         ids = ids[order]
         update = _stack(round, blocks, "update", [update for update, _ in results], order)
         rows = _stack(round, blocks, "rows", [rows for _, rows in results], order)
-        _refuse_nonfinite(round, ids, "update", update)
-        _refuse_nonfinite(round, ids, "rows", rows)
+        facts = {"bytes_up": sum(value.numel() * value.element_size() for value in update.values()), "skipped": []}
+        bad = self._nonfinite(round, ids, {"update": update, "rows": rows})
+        if bad.any():
+            facts["skipped"] = ids[bad].tolist()
+            ids, update, rows = ids[~bad], _without(bad, update), _without(bad, rows)
+        if not len(ids):
+            return {**facts, "metrics": {}, "seconds": {}}
         cohort = Cohort(round, ids, self.sizes[ids])
 
         def apply() -> State:
@@ -72,12 +83,23 @@ class Server:
 
         self.state = guarded("aggregate", round, tuple(ids.tolist()), apply)
         self.rounds_taken.write(ids.numpy(), {"rounds": self.rounds_taken.read(ids.numpy())["rounds"] + 1})
-        bytes_up = sum(value.numel() * value.element_size() for value in update.values())
-        return {
-            "bytes_up": bytes_up,
-            "metrics": self.state.get("metrics", {}),
-            "seconds": self.state.get("seconds", {}),
-        }
+        return {**facts, "metrics": self.state.get("metrics", {}), "seconds": self.state.get("seconds", {})}
+
+    def _nonfinite(self, round: int, ids: Tensor, states: dict[str, State]) -> Tensor:
+        """Which of the clients have a NaN or an infinite number in what they returned, ``[C] bool``.
+
+        Raises:
+            ClientError: some have, and ``nonfinite`` is ``raise``.
+        """
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        for kind, state in states.items():
+            for name, value in state.items():
+                bad = ~value[:, None].isfinite().flatten(1).all(1)
+                if bad.any() and not self._skips:
+                    told = f"{kind} {name!r} is not finite: lower local.lr, look at the data, or set nonfinite=skip"
+                    raise ClientError("train", round, ids[bad].tolist(), told)
+                found |= bad
+        return found
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -145,9 +167,5 @@ def _shapes(state: State) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in state.items()}
 
 
-def _refuse_nonfinite(round: int, ids: Tensor, kind: str, state: State) -> None:
-    for name, value in state.items():
-        bad = ~value[:, None].isfinite().flatten(1).all(1)
-        if bad.any():
-            told = f"{kind} {name!r} is not finite: lower local.lr, or look at the data"
-            raise ClientError("train", round, ids[bad].tolist(), told)
+def _without(bad: Tensor, state: State) -> State:
+    return {name: value[~bad] for name, value in state.items()}

@@ -36,6 +36,7 @@ class Failures:
         hangs: those of them that hung.
         blocks_requeued, blocks_halved: how often that was done.
         central_restarted: how often the server's actor was lost, and went on from a checkpoint.
+        updates_skipped: updates that were left out of their rounds, not being finite.
         clients_quarantined: how many clients the run goes on without.
         quarantined: their ids.
     """
@@ -45,6 +46,7 @@ class Failures:
     blocks_requeued: int = 0
     blocks_halved: int = 0
     central_restarted: int = 0
+    updates_skipped: int = 0
     clients_quarantined: int = 0
     quarantined: list[int] = field(default_factory=list)
 

@@ -235,11 +235,16 @@ class Board(tune.Callback):
 
 def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int | None, early_stop: bool) -> None:
     """All runs, each as a trial."""
-    # Tune would move every run into a folder of its own, keep logs beside ours, and take Ctrl-C for itself.
-    own = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    # Tune would move every run into a folder of its own, keep logs beside ours, take Ctrl-C for itself, and print a box.
+    own = {
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
     os.environ.update(own)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told by the board and the runs' logs
-    most = max(config.rounds for config in configs.values())
+    most = 1 + max(config.rounds for config in configs.values())  # who gets to the last round writes its results
     every = max(config.eval.every for config in configs.values())
     asha = tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)
     ours = connect(next(iter(configs.values())).backend, f"sweep-{uuid.uuid4().hex[:6]}")
