@@ -235,7 +235,7 @@ class Board(tune.Callback):
 
 def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int | None, early_stop: bool) -> None:
     """All runs, each as a trial."""
-    # Tune would move every run into a folder of its own, keep logs beside ours, take Ctrl-C for itself, and print a box.
+    # Tune would move every run into a folder of its own, keep logs beside ours, take Ctrl-C for itself, print a box.
     own = {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fedsim.config import Choice, ModelConfig
 from fedsim.env import Env
-from fedsim.errors import WeightsError
+from fedsim.errors import WeightsError, own_code
 from fedsim.models.vit import Pixels, checksum, create_backbone, filled, frozen_arrays
 from fedsim.rng import stream
 
@@ -37,10 +37,11 @@ def frozen_on_public(model: ModelConfig, env: Env, choice: Choice, cache: Path) 
     Raises:
         WeightsError: the env has no public data, or too few.
     """
-    try:
-        images, labels = env.public(model.img_size)
-    except NotImplementedError:
-        raise WeightsError(f"model.weights: env {choice.name!r} has no public data to pre-train on") from None
+    with own_code(f"env={choice.name}: public"):
+        try:
+            images, labels = env.public(model.img_size)
+        except NotImplementedError:
+            raise WeightsError(f"model.weights: env {choice.name!r} has no public data to pre-train on") from None
     if len(images) < BATCH:
         told = f"env {choice.name!r} has {len(images)} public images to pre-train on, it takes at least {BATCH}"
         raise WeightsError(f"model.weights: {told}")
@@ -73,7 +74,7 @@ def _verified(path: Path) -> bool:
     digest = path.with_suffix(".sha256")
     if not (path.is_file() and digest.is_file()):
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == digest.read_text(encoding="ascii").strip()
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode() == digest.read_bytes().strip()
 
 
 def _store(state: dict[str, torch.Tensor], path: Path) -> None:

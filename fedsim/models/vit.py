@@ -8,17 +8,16 @@ copied.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -27,6 +26,11 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError, nearest
 from fedsim.layout import Layout
 from fedsim.models.adapters import ClientModule, Head, attach
+from fedsim.models.lean import without_compiler
+
+with without_compiler():
+    import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
 
 EXTRA = ("adapter.personal", "head.personal")
 """Groups that an algorithm may add to the row (``Algorithm.extra``)."""
@@ -198,7 +202,7 @@ def skeleton(model: ModelConfig) -> Any:
         raise ConfigError([f"model.name: timm has no vision transformer {model.name!r}{nearest(model.name, known)}"])
     try:
         with torch.device("meta"):
-            backbone = _timm(model)
+            backbone = _timm(model, **({} if "weight_init" in model.options else {"weight_init": "skip"}))
             features = backbone.eval()(torch.empty(1, 3, model.img_size, model.img_size))
         if features.shape != (1, backbone.num_features):
             raise ValueError(f"an image gives features of shape {tuple(features.shape)}")
@@ -229,8 +233,9 @@ def filled(model: ModelConfig, state: Mapping[str, Tensor]) -> Any:
     return backbone
 
 
-def _timm(model: ModelConfig, pretrained: bool = False) -> Any:
-    return timm.create_model(model.name, pretrained=pretrained, img_size=model.img_size, num_classes=0, **model.options)
+def _timm(model: ModelConfig, pretrained: bool = False, **more: Any) -> Any:
+    given = {**more, **model.options}
+    return timm.create_model(model.name, pretrained=pretrained, img_size=model.img_size, num_classes=0, **given)
 
 
 def load_weights(backbone: Any, path: Path) -> None:
@@ -239,11 +244,11 @@ def load_weights(backbone: Any, path: Path) -> None:
     Raises:
         WeightsError: no such file, not safetensors, or tensors that are missing, unknown, or of another shape.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises where a name is too long
         raise WeightsError(f"model.weights: no file {str(path)!r}")
     try:
         state = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
         raise WeightsError(f"model.weights: {str(path)!r} is not a readable safetensors file: {error}") from None
     own = backbone.state_dict()
     missing, foreign = (
@@ -285,7 +290,7 @@ def load_backbone(model: ModelConfig) -> Any:
             ) from None
     backbone = create_backbone(model)
     if model.weights != "random":
-        load_weights(backbone, Path(model.weights).expanduser())
+        load_weights(backbone, Path(os.path.expanduser(model.weights)))
     return backbone
 
 
