@@ -20,7 +20,7 @@ _DETECTION = "torchvision.ops.roi_align"
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """While timm is imported, what would import the compiler does not; the detection operator does when it is called."""
+    """While timm is imported, what would import the compiler does not; the operator does so when it is called."""
     if "torch._dynamo" in sys.modules or "torchvision" in sys.modules:
         yield
         return

@@ -202,7 +202,8 @@ def skeleton(model: ModelConfig) -> Any:
         raise ConfigError([f"model.name: timm has no vision transformer {model.name!r}{nearest(model.name, known)}"])
     try:
         with torch.device("meta"):
-            backbone = _timm(model, **({} if "weight_init" in model.options else {"weight_init": "skip"}))
+            no_values: dict[str, Any] = {} if "weight_init" in model.options else {"weight_init": "skip"}
+            backbone = _timm(model, **no_values)
             features = backbone.eval()(torch.empty(1, 3, model.img_size, model.img_size))
         if features.shape != (1, backbone.num_features):
             raise ValueError(f"an image gives features of shape {tuple(features.shape)}")
