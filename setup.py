@@ -53,7 +53,15 @@ setup(
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow>=2.14"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.8", "mkdocstrings>=1.0", "mkdocstrings-python>=2.0"],  # Python 3.11
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "matplotlib>=3.8", "jinja2>=3.1", "ruff>=0.8", "mypy>=1.13"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",  # inputs that nobody meant
+            "matplotlib>=3.8",
+            "jinja2>=3.1",
+            "ruff>=0.8",
+            "mypy>=1.13",
+        ],
     },
     entry_points={"console_scripts": ["fedsim = fedsim.__main__:main"]},
     classifiers=[

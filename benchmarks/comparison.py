@@ -71,7 +71,10 @@ def choose(dataset: str, out: Path, jobs: int) -> None:
                 best[name] = (reached, settings | ({"algorithm.finetune_epochs": epochs} if epochs else {}))
     variants = {name: [*variant(suite, name), *overrides(settings)] for name, (_, settings) in best.items()}
     tree = {"config": data["config"], "settings": common, "variants": variants, "grid": {"seed": [0, 1, 2]}}
-    header = f"# Each algorithm with its settings, chosen by: python benchmarks/comparison.py choose {dataset}\n"
+    header = (
+        f"# FEDSIM_DATA=DIR python -m fedsim sweep comparison_{dataset}\n"
+        f"# Each algorithm with its settings, chosen by: python benchmarks/comparison.py choose {dataset}\n"
+    )
     text = header + yaml.safe_dump(tree, sort_keys=False, width=120)
     (SWEEPS / f"comparison_{dataset}.yaml").write_text(text, encoding="utf-8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,9 @@ SMALLEST = 1e-6  # alpha, and the shares for test and for training: above 0
 class PartitionConfig:
     """How images are split among clients."""
 
-    num_clients: int = setting(100, "clients in the population; under partition=file the file's number holds", low=1)
+    num_clients: int = setting(
+        100, "clients in the population; under partition=file the file's number holds", low=1, high=100_000_000
+    )
     partition: str = setting(
         "dirichlet",
         "'iid'; 'dirichlet': class proportions of a client from Dir(alpha); 'pathological': the same number of classes "
@@ -89,12 +90,11 @@ def partition(
     rng = stream(seed, "partition")
     if is_test is None:
         is_test = np.zeros(len(labels), dtype=bool)
-        counts = _counts(cells, domains, config, rng, _least(config, held_out=True))
+        counts = _counts(cells, domains, config, rng, _least(config, len(cells), held_out=True))
         return _held_out(cells, counts, config, rng)
     pool = np.flatnonzero(~is_test)
-    counts = _counts(
-        cells[pool], None if domains is None else domains[pool], config, rng, _least(config, held_out=False)
-    )
+    least = _least(config, len(pool), held_out=False)
+    counts = _counts(cells[pool], None if domains is None else domains[pool], config, rng, least)
     return _official(cells, is_test, counts, config, rng)
 
 
@@ -107,12 +107,17 @@ def _cells(labels: np.ndarray, domains: np.ndarray | None, config: PartitionConf
     return np.unique(pairs, return_inverse=True)[1]
 
 
-def _least(config: PartitionConfig, held_out: bool) -> int:
-    """The fewest images of a client: enough for training once its test images are held out."""
+def _least(config: PartitionConfig, images: int, held_out: bool) -> int:
+    """The fewest images of a client: enough for training once its test images are held out.
+
+    More than all ``images``, where even these are too few for one client.
+    """
     train = config.min_samples if config.partition == "dirichlet" else 1
     if not held_out:
         return train
-    return next(n for n in itertools.count(train + 1) if n - _test_sizes(np.array(n), config) >= train)
+    sizes = np.arange(train + 1, images + 1)
+    enough = sizes[sizes - _test_sizes(sizes, config) >= train]
+    return int(enough[0]) if len(enough) else max(train, images) + 1
 
 
 def _test_sizes(sizes: np.ndarray, config: PartitionConfig) -> np.ndarray:

@@ -9,6 +9,7 @@ Shapes: n images drawn together, px their edge.
 from __future__ import annotations
 
 import colorsys
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from fedsim.cache import cached, create
 from fedsim.env import Env, FederatedData, Ragged
+from fedsim.errors import DataError
 from fedsim.rng import stream
 from fedsim.schema import setting
 
@@ -75,7 +77,7 @@ class Shapes(Env):
     class Config(PartitionConfig):
         """How many images of what; the rest as in ``PartitionConfig``, with defaults for a first run."""
 
-        num_clients: int = setting(24, "clients, each with a style of its own", low=1)
+        num_clients: int = setting(24, "clients, each with a style of its own", low=1, high=100_000_000)
         partition: str = setting(
             "pathological",
             "as in PartitionConfig; each client's images are drawn for it, so neither 'domain' nor 'file'",
@@ -96,6 +98,7 @@ class Shapes(Env):
 
     def build(self, seed: int, px: int, cache: Path) -> FederatedData:
         config, px = self.config, min(self.config.px, px)
+        self._refuse_without_room(px, cache)
         labels, train, test = self._split(seed)
         owners = np.concatenate([np.repeat(np.arange(len(part)), part.sizes) for part in (train, test)])
 
@@ -116,6 +119,14 @@ class Shapes(Env):
         styles = np.arange(len(labels)) % PUBLIC_STYLES
         images = np.concatenate(list(_draw(labels, styles, min(self.config.px, px), 0, "shapes public")))
         return images, labels - self.config.classes
+
+    def _refuse_without_room(self, px: int, cache: Path) -> None:
+        config = self.config
+        images = config.num_clients * (config.samples_per_client + config.test_samples_per_client)
+        needed, disk = 3 * px * px * images, next(path for path in (cache, *cache.parents) if path.exists())
+        if needed > (free := shutil.disk_usage(disk).free):
+            told = f"{images} images take {needed / 2**30:.0f} GiB, {str(disk)!r} has {free / 2**30:.0f} GiB left"
+            raise DataError(f"env.num_clients={config.num_clients}: {told}")
 
     def _split(self, seed: int) -> tuple[np.ndarray, Ragged, Ragged]:
         """Labels split as a source's would be; each client's share is then numbered anew, to be drawn in its style."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import posixpath
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +24,8 @@ from .archive import Member, contents, fingerprint, members, one_line
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif")
 SPLITS = {"train": False, "test": True, "val": True, "valid": True, "validation": True}
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # whatever a file's name says; others run other programs
 READING = 1  # raise it with every change of the images' order or pixels: it keys the cache
-
-_UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, zlib.error, struct.error, IndexError,
-               Image.DecompressionBombError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,10 @@ def existing(path: str) -> Path:
     """
     if not path:
         raise DataError("env.path is not set: a folder, .zip, .tar or .tar.gz of class folders")
-    found = Path(path).expanduser()
-    if found.exists():
+    found = Path(os.path.expanduser(path))
+    if os.path.exists(found):  # pathlib's raises where a name is too long
         return found
-    beside = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
+    beside = [entry.name for entry in found.parent.iterdir()] if os.path.isdir(found.parent) else []
     hint = nearest(found.name, beside)
     raise DataError(f"env.path: no file or folder {path!r}{hint if 'did you mean' in hint else ''}")
 
@@ -156,11 +153,11 @@ def _pixels(path: Path, name: str, content: bytes, edge: int, only_this_size: bo
 @contextmanager
 def _image(path: Path, name: str, content: bytes) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError:
         raise DataError(f"{str(path)!r}: image {name!r} cannot be decoded: it is no image of a known format") from None
-    except _UNREADABLE as error:
+    except Exception as error:  # what decoders of a damaged image raise is not documented
         raise DataError(f"{str(path)!r}: image {name!r} cannot be decoded: {one_line(error)}") from None
 
 

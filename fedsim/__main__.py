@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import shlex
 import sys
 import time
@@ -17,6 +19,8 @@ from fedsim.errors import ConfigError, FedsimError, UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; the exit code: 0, 1 for a failed run, 2 for a mistake of the caller, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: a file's name need not be text
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional settings on one side of an option only; the others are left over.
@@ -52,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_run)
     command = commands.add_parser("resume", help="go on where a run stopped")
-    command.add_argument("folder", type=Path, metavar="RUN_DIR")
+    command.add_argument("folder", metavar="RUN_DIR", help="a run's folder, or its URI")
     command.set_defaults(command=_resume)
     command = commands.add_parser(
         "sweep", help="a grid of runs on one Ray cluster, and one table",
@@ -76,15 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.set_defaults(command=_sweep)
     command = commands.add_parser("report", help="compare finished runs: table, CSV, one HTML page with pictures")
-    command.add_argument("folders", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, or one of runs'")
+    command.add_argument("folders", nargs="+", metavar="RUN_DIR", help="a run's folder or URI, or one of runs'")
     command.add_argument("--out", type=Path, default=Path("report"), help="folder for the files (default: report)")
     command.set_defaults(command=_report)
     command = commands.add_parser("export", help="a client's adapters and head, for use without fedsim")
-    command.add_argument("folder", type=Path, metavar="RUN_DIR")
+    command.add_argument("folder", metavar="RUN_DIR", help="a run's folder, or its URI")
     command.add_argument("--client", type=int, required=True, metavar="ID")
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: export/client-ID.safetensors in the run's folder"
-    )
+        "--out", type=Path, metavar="FILE",
+        help="default: export/client-ID.safetensors in the run's folder; of a URI: client-ID.safetensors",
+    )  # fmt: skip
     command.add_argument("--backbone", action="store_true", help="put the frozen backbone into the file, too")
     command.set_defaults(command=_export)
     command = commands.add_parser("list", help="what there is to choose from")
@@ -109,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _config_and_settings(texts: list[str]) -> tuple[str | None, list[str]]:
     """A configuration may stand before the settings; its path may have a ``=``, as the folders of a sweep have."""
-    if texts and ("=" not in texts[0] or Path(texts[0]).is_file()):
+    if texts and ("=" not in texts[0] or os.path.isfile(texts[0])):  # pathlib's raises where a name is too long
         return texts[0], texts[1:]
     return None, texts
 
@@ -125,7 +130,7 @@ def _sweep(options: argparse.Namespace) -> int:
     path, settings = _config_and_settings(options.settings)
     if options.resume:
         path = str(options.resume / "sweep.yaml")
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError([f"--resume: {options.resume} is not the folder of a sweep (no sweep.yaml)"])
     sweep, configs = plan(path, settings, options.samples)
     out = options.resume or options.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
@@ -150,18 +155,24 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from fedsim.remote import copies
     from fedsim.report import report
 
-    report(options.folders, options.out, Console())
+    with copies(options.folders) as folders:
+        report(folders, options.out, Console())
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from fedsim.export import export
+    from fedsim.remote import copies
+    from fedsim.uri import is_uri
 
     console = Console()
-    for written in export(options.folder, options.client, options.out, options.backbone, console):
-        console.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
+    out = options.out or (Path(f"client-{options.client}.safetensors") if is_uri(options.folder) else None)
+    with copies([options.folder]) as (folder,):
+        for written in export(folder, options.client, out, options.backbone, console):
+            console.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

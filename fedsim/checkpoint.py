@@ -3,7 +3,7 @@
 A checkpoint is a folder ``round-00007`` with ``state.safetensors`` and ``state.json``, written anew each time,
 ``changes.journal``, which the next one appends to (``fedsim/journal.py``), and, written last, ``manifest.json`` with
 their lengths and checksums. It is written under a temporary name, flushed to disk, and renamed; an older one of that
-name is ``round-00007.old`` meanwhile.
+name is ``round-00007.old`` meanwhile. Of a run at a URI it is uploaded then (``fedsim/remote.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedsim import journal
+from fedsim import journal, remote
 from fedsim.errors import CheckpointError
 from fedsim.journal import Journal, Journaled
 
 FORMAT = 2
+_NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What JSON that ``save`` has not written makes its readers raise."""
 _PLAIN = (bool, int, float, str, type(None))
 _TENSORS, _TREE, _JOURNAL, _MANIFEST = "state.safetensors", "state.json", "changes.journal", "manifest.json"
 
@@ -74,20 +76,23 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     shutil.rmtree(old, ignore_errors=True)
+    remote.push_checkpoint(folder)
     return replace(written, path=folder / _JOURNAL)
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The tree that ``save`` wrote.
+    """The tree that ``save`` wrote, here or at the run's URI.
 
     Raises:
         CheckpointError: a file is missing, or is not what the manifest says.
+        OutputError: the URI cannot be read.
     """
+    remote.pull_checkpoint(folder)
     verify(folder)
     try:
         tensors = load_file(folder / _TENSORS)
-        return _unpack(json.loads((folder / _TREE).read_text(encoding="utf-8")), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return dict(_unpack(json.loads((folder / _TREE).read_text(encoding="utf-8")), tensors))
+    except (SafetensorError, OSError, *_NOT_OURS) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
 
 
@@ -115,7 +120,7 @@ def verify(folder: Path) -> None:
             # Of the journal, what was there then: later checkpoints have appended to it.
             if _facts(folder / name, expected["bytes"] if name == _JOURNAL else None) != expected:
                 raise CheckpointError(f"{folder / name}: damaged (its checksum is not the manifest's)")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *_NOT_OURS) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint: {error}") from None
 
 
@@ -124,10 +129,17 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint, and what was wrong with those that were passed over."""
+    """The newest valid checkpoint, and what was wrong with those that were passed over.
+
+    Of a run at a URI: of those that are here or there; of one round the URI's.
+
+    Raises:
+        OutputError: the URI cannot be read.
+    """
     damaged = []
-    for folder in reversed(_by_round(checkpoints)):
+    for folder in reversed(_by_round({*checkpoints.glob("round-*"), *remote.checkpoints(checkpoints.parent)})):
         try:
+            remote.pull_checkpoint(folder)
             verify(folder)
         except CheckpointError as error:
             damaged.append(str(error))
@@ -138,13 +150,13 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Deletes all but the newest ``keep``."""
-    for folder in _by_round(checkpoints)[:-keep]:
+    for folder in _by_round(checkpoints.glob("round-*"))[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _by_round(checkpoints: Path) -> list[Path]:
+def _by_round(folders: Iterable[Path]) -> list[Path]:
     """Oldest first; of one round, what is being replaced comes before its successor."""
-    found = [(re.fullmatch(r"round-(\d+)(\.old)?", folder.name), folder) for folder in checkpoints.glob("round-*")]
+    found = [(re.fullmatch(r"round-(\d+)(\.old)?", folder.name), folder) for folder in folders]
     return [folder for _, _, folder in sorted((int(m[1]), m[2] is None, folder) for m, folder in found if m)]
 
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +18,16 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fedsim import registry
 from fedsim.algorithm import Algorithm
 from fedsim.env import Env
-from fedsim.errors import ConfigError, nearest
-from fedsim.schema import Raw, as_section, build, plain, setting
+from fedsim.errors import ConfigError, nearest, own_code
+from fedsim.schema import Raw, as_section, build, plain, refuse_endless, setting
 
 CONFIGS = Path(str(resources.files("fedsim.configs")))
+# Arguments of timm.create_model that name files or addresses of weights, which some of its versions unpickle.
+_WEIGHTS_OPTIONS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ModelConfig:
         "pretrained",
         "'pretrained' (timm's, downloaded), a .safetensors file, 'public' (made here from the env), or 'random'",
     )
-    img_size: int = setting(224, "edge of the input in pixels; position embeddings are resampled", low=8)
+    img_size: int = setting(224, "edge of the input in pixels; position embeddings are resampled", low=8, high=4096)
     options: dict[str, Any] = field(default_factory=dict, metadata={"doc": "further arguments of timm.create_model"})
     mean: float | None = setting(None, "mean of the normalised input, all channels; default: the weights' own")
     std: float | None = setting(None, "its standard deviation; default: the weights' own", low=1e-6)
@@ -46,13 +49,18 @@ class ModelConfig:
         choices=("off", "fp16", "fp32"),
     )
 
+    def __post_init__(self) -> None:
+        for name in _WEIGHTS_OPTIONS:
+            if name in self.options:
+                raise ValueError(f"options.{name}: weights are set by model.weights alone")
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """The trainable adapters."""
 
     kind: str = setting("sequential", "form of the adapter", choices=("sequential", "parallel", "lora", "none"))
-    width: int = setting(8, "bottleneck width, or LoRA's rank", low=1)
+    width: int = setting(8, "bottleneck width, or LoRA's rank", low=1, high=4096)
     blocks: str = setting("all", "'all' transformer blocks, or 'last:N'")
     scale: float = setting(1.0, "factor of the adapter's output; LoRA's alpha / rank")
     targets: tuple[str, ...] = setting(("qkv", "mlp"), "for LoRA: linears that are adapted", choices=("qkv", "mlp"))
@@ -137,7 +145,7 @@ class BackendConfig:
     per_gpu: int = setting(2, "simulators that share a GPU", low=1)
     gpu_fraction: float = setting(0.0, "share of a GPU that one simulator reserves; 0: 1 / per_gpu", low=0, high=1)
     block_size: int = setting(8, "most clients that are trained together as one batch", low=1)
-    threads: int = setting(1, "CPU threads of a simulator and of the server; part of the arithmetic", low=1)
+    threads: int = setting(1, "CPU threads of a simulator and of the server; part of the arithmetic", low=1, high=1024)
     address: str = setting("", "Ray cluster to join; default: $RAY_ADDRESS, else a new local one")
     dashboard: bool = setting(True, "start the Ray dashboard (local clusters)")
     start_timeout_s: float = setting(
@@ -218,11 +226,11 @@ class _Top:
     seed: int = setting(0, "the run's seed; every random stream is a function of it", low=0, high=2**63 - 1)
     rounds: int = setting(50, "communication rounds", low=1)
     cohort: float = setting(10, "clients a round: a count from 1, or a share below 1", low=0)
-    output: str = setting("", "the run folder; default: runs/<time>-<algorithm>")
+    output: str = setting("", "the run folder, or a URI such as s3://bucket/run; default: runs/<time>-<algorithm>")
     precision: str = setting("fp32", "arithmetic of the backbone", choices=("fp32", "bf16"))
     nonfinite: str = setting(
         "raise",
-        "what a NaN or an infinite number in a client's update does: stops the run, or leaves the client out of the round",
+        "where an update is NaN or infinite the run stops, or goes on without it in this round ('skip', counted)",
         choices=("raise", "skip"),
     )
 
@@ -247,6 +255,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: with every mistake found.
+        OwnCodeError: a user's own module, or its ``Config``, failed.
     """
     mistakes: list[str] = []
     tree = _read(find(path))
@@ -260,7 +269,7 @@ def find(path: str | Path | None) -> Path:
     shipped = {file.stem: file for file in CONFIGS.glob("*.yaml")}
     if path is None:
         return shipped["quickstart"]
-    if Path(path).is_file():
+    if os.path.isfile(path):  # pathlib's raises where a name is too long
         return Path(path)
     if str(path) in shipped:
         return shipped[str(path)]
@@ -278,8 +287,9 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: it is no YAML, or no mapping by names.
     """
     try:
+        refuse_endless(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader))
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+    except Exception as error:  # constructors of YAML and resolvers of OmegaConf raise what a value makes them
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError([f"{path}: not a mapping of settings"])
@@ -378,8 +388,14 @@ def _choose(section: str, value: Any, find_class: Callable[[str], Any], mistakes
     except ConfigError as error:
         mistakes.extend(error.mistakes)
         return None
-    settings = {key: item for key, item in value.items() if key != "name"}
-    return Choice(str(value["name"]), build(found.Config, settings, section, mistakes))
+    name, settings = str(value["name"]), {key: item for key, item in value.items() if key != "name"}
+    with own_code(f"{section}={name}: Config"):
+        built = build(found.Config, settings, section, mistakes)
+    try:
+        json.dumps({} if built is None else plain(dataclasses.asdict(built)))
+    except (TypeError, ValueError) as error:
+        mistakes.append(f"{section}: the Config of {name} holds what no configuration file can ({error})")
+    return Choice(name, built)
 
 
 def to_tree(config: Config) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def save_partition(
 
 def saved_about(path: str | Path) -> dict[str, Any]:
     """The facts that ``save_partition`` wrote beside a split; the file is one that an env has read and checked."""
-    with np.load(Path(path).expanduser(), allow_pickle=False) as file:
+    with np.load(os.path.expanduser(path), allow_pickle=False) as file:
         return dict(json.loads(str(file["about"])))
 
 

@@ -7,7 +7,9 @@ pickling, and with it the way from a Ray worker to the driver.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MOST_NAMED = 8  # choices in one message
 
@@ -45,6 +47,22 @@ class OutputError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
+
+
+class OwnCodeError(FedsimError):
+    """An exception out of an algorithm's or an env's own code where no client is simulated.
+
+    Attributes:
+        what: whose code, and which part of it.
+        original: the original traceback, as text.
+    """
+
+    def __init__(self, what: str, original: str) -> None:
+        super().__init__(what, original)
+        self.what, self.original = what, original
+
+    def __str__(self) -> str:
+        return f"{self.what} failed\n{self.original.rstrip()}"
 
 
 class ClientError(FedsimError):
@@ -107,6 +125,24 @@ class NoSimulatorsError(FedsimError):
             f"round {self.round + 1}: no simulator could be started for {self.waited_s:.0f} s; the last checkpoint is "
             f"whole; once the cluster has room: python -m fedsim resume {self.folder}"
         )
+
+
+@contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """Runs code that may be a user's own, and simulates no client.
+
+    Raises:
+        DataError: there is not enough memory for it.
+        OwnCodeError: it failed; fedsim's own errors stay what they are.
+    """
+    try:
+        yield
+    except FedsimError:
+        raise
+    except MemoryError as error:
+        raise DataError(f"{what}: not enough memory ({error})") from None
+    except Exception:
+        raise OwnCodeError(what, traceback.format_exc()) from None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

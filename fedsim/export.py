@@ -69,7 +69,7 @@ def export(folder: Path, client: int, out: Path | None, backbone: bool, console:
         OutputError: the file cannot be written; and as ``personal_model``.
     """
     out = out or folder / "export" / f"client-{client}.safetensors"
-    if out.is_dir():
+    if os.path.isdir(out):  # pathlib's raises where a name is too long
         raise OutputError(f"--out: {out} is a folder; name a file")
     model = personal_model(folder, client, console)
     written = [out]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim import checkpoint
+from fedsim import checkpoint, remote
 from fedsim.backend import Backend
 from fedsim.metrics import Evaluation, by_client, client_rows, train_loss
 from fedsim.plan import Plan
@@ -159,6 +159,7 @@ def _save(backend: Backend, folder: Path, progress: Progress, keep: int) -> None
     backend.save(checkpoint.folder_of(checkpoints, progress.round), progress.facts())
     progress.evaluation_saved = True
     checkpoint.prune(checkpoints, keep)
+    remote.push(folder, progress.round, keep)
     progress.seconds["checkpoint"] += time.perf_counter() - start
 
 
@@ -202,5 +203,6 @@ def write_results(folder: Path, plan: Plan, progress: Progress, summary: dict[st
 def write_atomically(path: Path, text: str) -> None:
     """The file holds the old text or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    # A folder's name need not be text: what of it is none is written as \udcff.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedsim.algorithm import Task
 from fedsim.config import BackendConfig, Config, algorithm_class, env_class
 from fedsim.env import Env, FederatedData, held_out, saved_about
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError, own_code
 from fedsim.layout import Layout
 from fedsim.models import prefix, pretrain
 from fedsim.models.vit import VitModel, checksum, frozen_arrays, load_backbone, skeleton
@@ -85,10 +86,13 @@ def prepare(config: Config) -> Plan:
 
     Raises:
         UserError: of whatever kind fits the mistake.
+        OwnCodeError: the code of the env or of the algorithm failed.
     """
-    skeleton(config.model)  # a wrong name costs one line now, not after the data was decoded
-    env = env_class(config.env.name)(config.env.settings)
-    data = _evaluated(config, env.build(config.seed, config.model.img_size, cache_folder()))
+    # A wrong name costs one line now, not after the data was decoded.
+    backbone = {"frozen weights": sum(value.nbytes for value in skeleton(config.model).state_dict().values())}
+    _refuse_without_room(backbone, "model.img_size, or take a smaller model")
+    env, data = _built(config)
+    data = _evaluated(config, data)
     trainable = _trainable(config, data.num_clients)
     cohort = _cohort(config.cohort, len(trainable))
     frozen = _frozen(config, env)
@@ -116,8 +120,31 @@ def prepare(config: Config) -> Plan:
         "row": {"size": model.layout.size, **model.layout.groups},
     }
     plan = Plan(workload, params, cohort, trainable, about)
-    _refuse_without_room(plan, model)
+    with own_code(f"algorithm={config.algorithm.name}"):
+        parts = memory_bytes(plan, model)
+    about["memory_mib"] = {name: round(value / (1 << 20), 1) for name, value in parts.items()}
+    _refuse_without_room(parts, "backend.block_size, backend.simulators, local.batch_size or env.num_clients")
     return plan
+
+
+def _built(config: Config) -> tuple[Env, FederatedData]:
+    """The env and its data.
+
+    Raises:
+        OwnCodeError: the env's own code failed.
+        DataError: it raised this, or gave what no run can take.
+    """
+    name = config.env.name
+    with own_code(f"env={name}: build"):
+        env = env_class(name)(config.env.settings)
+        data = env.build(config.seed, config.model.img_size, cache_folder())
+    if not isinstance(data, FederatedData):
+        raise DataError(f"env={name}: build gave a {type(data).__name__}, not a FederatedData")
+    try:
+        json.dumps(data.about)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"env={name}: about cannot be written to the run folder as JSON ({error})") from None
+    return env, data
 
 
 def _refuse_without_groups(config: Config, needs: tuple[str, ...], layout: Layout) -> None:
@@ -203,16 +230,13 @@ def _simulators_here(backend: BackendConfig) -> int:
     return backend.simulators or torch.cuda.device_count() * backend.per_gpu or (os.cpu_count() or 1) // backend.threads
 
 
-def _refuse_without_room(plan: Plan, model: VitModel) -> None:
-    parts = memory_bytes(plan, model)
-    plan.about["memory_mib"] = {name: round(value / (1 << 20), 1) for name, value in parts.items()}
+def _refuse_without_room(parts: dict[str, int], what_to_lower: str) -> None:
     needed, available = sum(parts.values()), psutil.virtual_memory().available
     if needed > available:
         largest = max(parts, key=lambda name: parts[name])
         raise ConfigError(
             [
                 f"memory: the plan needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free; most of it is "
-                f"{largest} ({parts[largest] / 2**30:.1f} GiB): lower backend.block_size, backend.simulators, "
-                "local.batch_size or env.num_clients"
+                f"{largest} ({parts[largest] / 2**30:.1f} GiB): lower {what_to_lower}"
             ]
         )

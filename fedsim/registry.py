@@ -6,12 +6,13 @@ name without underscores: ``fedavg_ft`` is ``FedAvgFt`` in ``fedsim.algorithms.f
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
 from typing import Any
 
-from fedsim.errors import ConfigError, nearest
+from fedsim.errors import ConfigError, nearest, own_code
 
 
 def names(package: str, interface: type) -> list[str]:
@@ -24,7 +25,8 @@ def resolve(name: str, package: str, interface: type, kind: str) -> type[Any]:
     """The class called ``name``: a shipped one, or a user's own ``module:Class``.
 
     Raises:
-        ConfigError: no such name, module or class, or it is not a subclass of ``interface``.
+        ConfigError: no such name, module or class, or no subclass of ``interface`` with a dataclass ``Config``.
+        OwnCodeError: the user's module cannot be imported.
     """
     if ":" in name:
         return _external(name, interface, kind)
@@ -48,17 +50,20 @@ def _external(name: str, interface: type, kind: str) -> type[Any]:
     module_name, _, class_name = name.partition(":")
     if "" in module_name.split("."):
         raise ConfigError([f"{kind}: {name!r} is not module:Class"])
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # Only the named module's absence is the user's typing mistake; a missing import inside it is shown as it is.
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError([f"{kind}: no module {module_name!r} on the Python path (from {name!r})"]) from None
-        raise
+    with own_code(f"{kind}={name}: import"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            # Only the named module's absence is a typing mistake; a missing import inside it is the module's own.
+            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+                raise ConfigError([f"{kind}: no module {module_name!r} on the Python path (from {name!r})"]) from None
+            raise
     found = getattr(module, class_name, None)
     if found is None:
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
         raise ConfigError([f"{kind}: {module_name!r} has no class {class_name!r}{nearest(class_name, classes)}"])
     if not (inspect.isclass(found) and issubclass(found, interface)):
         raise ConfigError([f"{kind}: {name!r} is not a subclass of fedsim's {interface.__name__}"])
+    if not (inspect.isclass(schema := getattr(found, "Config", None)) and dataclasses.is_dataclass(schema)):
+        raise ConfigError([f"{kind}: {name!r} has no Config that is a dataclass"])
     return found

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim import config as configuration
-from fedsim import registry
+from fedsim import registry, remote
 from fedsim.algorithm import Algorithm
 from fedsim.comparison import MEASURES, Row, Task, by_client, over_seeds, shown, signed, tasks
 from fedsim.config import Config
@@ -37,7 +37,7 @@ def print_plan(config: Config) -> None:
     print(yaml.safe_dump(configuration.to_tree(config), sort_keys=False).rstrip())
     blocks = plan.blocks(plan.sample_cohort(0))
     lengths = sorted({len(block) for block in blocks})
-    print(f"\nplan\n  output        {folder}")
+    print(f"\nplan\n  output        {remote.shown(folder)}")
     data = plan.workload.data
     print(f"  clients       {data.num_clients}, {plan.cohort} a round, {len(data.classes)} classes")
     print(f"  row           {plan.workload.task.layout.size} elements: {plan.workload.task.layout.groups}")
@@ -106,7 +106,8 @@ def report(paths: Sequence[Path], out: Path, console: Console) -> None:
         page = _write_page(out, compared, skipped)
     except OSError as error:
         raise OutputError(f"--out: {out} cannot be written to ({error.strerror})") from None
-    console.print(f"{page or 'comparison.csv, table.csv and clients.csv'} in {out}", highlight=False, soft_wrap=True)
+    written = page or "comparison.csv, table.csv and clients.csv"
+    console.print(f"{written} in {out}", highlight=False, markup=False, soft_wrap=True)
     if page is None:
         console.print('no page: it takes matplotlib and jinja2; pip install "fedsim-ray[report]"', markup=False)
 

@@ -14,6 +14,8 @@ import yaml
 from fedsim.errors import nearest
 
 T = TypeVar("T")
+MOST_VALUES = 100_000
+"""Of one YAML text, its aliases followed."""
 
 
 class Raw(str):
@@ -26,9 +28,41 @@ class Raw(str):
             ValueError: it has none.
         """
         try:
-            return yaml.safe_load(self) if self else ""
-        except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
+            return from_yaml(self) if self else ""
+        except ValueError:
             raise ValueError(f"{str(self)!r} is not a value") from None
+
+
+def from_yaml(text: str) -> Any:
+    """What a YAML text says; the safe loader's types, and nothing else.
+
+    Raises:
+        ValueError: it says nothing, or more than ``MOST_VALUES``.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        refuse_endless(node)
+        return None if node is None else loader.construct_document(node)
+    except Exception as error:  # PyYAML's constructors raise what a value makes them: a KeyError of `!!bool maybe`
+        raise ValueError(f"{' '.join(str(error).split())}") from None
+
+
+def refuse_endless(node: yaml.Node | None) -> None:
+    """A few lines unfold into more than any memory holds, where aliases stand for aliases, or for themselves.
+
+    Raises:
+        ValueError: these do.
+    """
+    nodes, found = [node], 0
+    while nodes:
+        node, found = nodes.pop(), found + 1
+        if found > MOST_VALUES:
+            raise ValueError(f"its aliases unfold into more than {MOST_VALUES} values")
+        if isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
 
 
 def plain(value: Any) -> Any:
@@ -144,3 +178,5 @@ def _check_range(value: Any, limits: Mapping[str, Any]) -> None:
             raise ValueError(f"{item} is below {low}")
         if item is not None and high is not None and item > high:
             raise ValueError(f"{item} is above {high}")
+        if isinstance(item, int) and item.bit_length() > 63:
+            raise ValueError(f"{item} is beyond 2^63")

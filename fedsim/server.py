@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.algorithm import Cohort, State
-from fedsim.errors import CheckpointError, ClientError
+from fedsim.errors import CheckpointError, ClientError, own_code
 from fedsim.journal import Journal, Journaled, Latest
 from fedsim.rng import torch_stream
 from fedsim.simulator import Facts, Workload, guarded, refuse_other_axes
@@ -48,7 +48,8 @@ class Server:
 
     def average(self) -> Tensor | None:
         """The average row ``[d]``, if the algorithm has one."""
-        average = self.algorithm.average(self.state)
+        with own_code(f"algorithm={self.run['algorithm']}: average"):
+            average = self.algorithm.average(self.state)
         return None if average is None else average.detach()
 
     def aggregate(self, round: int, blocks: list[tuple[int, ...]], results: list[tuple[State, State]]) -> Facts:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fedsim import __version__, checkpoint, tracking
+from fedsim import __version__, checkpoint, remote, tracking
 from fedsim.backend import Backend, LocalBackend, make_backend
 from fedsim.callbacks import Callback, Called
 from fedsim.config import Config, load, to_tree
@@ -29,13 +30,16 @@ from fedsim.env import save_partition
 from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError
 from fedsim.loop import Progress, run_rounds, summarise, write_atomically, write_results
 from fedsim.plan import Plan, prepare
+from fedsim.schema import from_yaml
 from fedsim.simulator import guarded
 from fedsim.tracking import Tracker, closing_table
+from fedsim.uri import is_uri
 
 if TYPE_CHECKING:
     import pandas
 
 MOST_RESTARTS = 3  # of a central actor that is lost again and again before another round is done
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # names may look like markup
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "omegaconf")
 
 
@@ -84,8 +88,9 @@ def run(config: Config, console: Console | None = None, callbacks: Sequence[Call
     console = console or Console(quiet=True)
     folder = output_folder(config)
     tracking.refuse_missing(config.tracking)
+    remote.begin(folder)
     plan = prepare(config)
-    backend = make_backend(plan.workload, plan.params, str(folder))
+    backend = make_backend(plan.workload, plan.params, remote.shown(folder))
     try:
         _create(folder, plan)
         return _go(plan, backend, folder, _restored(plan, backend, None), console, callbacks)
@@ -93,26 +98,31 @@ def run(config: Config, console: Console | None = None, callbacks: Sequence[Call
         backend.close()
 
 
-def resume(folder: Path, console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Result:
+def resume(folder: Path | str, console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Result:
     """Goes on from the newest valid checkpoint of a run folder; a run without one starts over. Arguments as of ``run``.
+
+    Of a run at a URI: from the newest that is there or in this machine's working folder, of one round from the URI's.
 
     Raises:
         OutputError: it is no run folder.
         CheckpointError: no checkpoint can be read, or the data or the backbone are not those of the run.
     """
     console = console or Console(quiet=True)
-    if not (folder / "config.yaml").is_file():
-        raise OutputError(f"{folder}: not a run folder (no config.yaml)")
+    folder = remote.fetch(str(folder)) if is_uri(str(folder)) else Path(folder)
+    if not os.path.isfile(folder / "config.yaml"):
+        raise OutputError(f"{remote.shown(folder)}: not a run folder (no config.yaml)")
     config = load(folder / "config.yaml")
     tracking.refuse_missing(config.tracking)
     newest = _newest(folder, console)
     plan = prepare(config)
     _refuse_other_inputs(folder, plan)
-    backend = make_backend(plan.workload, plan.params, str(folder))
+    backend = make_backend(plan.workload, plan.params, remote.shown(folder))
     try:
         progress = _restored(plan, backend, newest)
+        # At a URI they may be of an earlier attempt at these rounds, whose times have other digits.
+        progress.metrics_bytes = _bytes_of_lines(folder / "metrics.jsonl", progress.round)
         backend.failures = replace(backend.failures, **progress.failures)
-        console.print(f"resuming {folder} after round {progress.round} of {config.rounds}", highlight=False)
+        console.print(f"resuming {remote.shown(folder)} after round {progress.round} of {config.rounds}", **_PLAIN)
         return _go(plan, backend, folder, progress, console, callbacks)
     finally:
         backend.close()
@@ -126,11 +136,11 @@ def restored(folder: Path, console: Console) -> Iterator[tuple[Plan, LocalBacken
         OutputError: it is no run folder.
         CheckpointError: no checkpoint can be read, or the data or the backbone are not those of the run.
     """
-    if not (folder / "config.yaml").is_file():
-        raise OutputError(f"{folder}: not a run folder (no config.yaml)")
+    if not os.path.isfile(folder / "config.yaml"):
+        raise OutputError(f"{remote.shown(folder)}: not a run folder (no config.yaml)")
     newest = _newest(folder, console)
     if newest is None:
-        raise CheckpointError(f"{folder}: the run has no checkpoint yet")
+        raise CheckpointError(f"{remote.shown(folder)}: the run has no checkpoint yet")
     config = load(folder / "config.yaml")
     plan = prepare(replace(config, backend=replace(config.backend, name="local")))
     _refuse_other_inputs(folder, plan)
@@ -149,21 +159,36 @@ def _newest(folder: Path, console: Console) -> Path | None:
     """
     newest, damaged = checkpoint.newest(folder / "checkpoints")
     for line in damaged:
-        console.print(f"skipped: {line}", highlight=False)
+        console.print(f"skipped: {line}", **_PLAIN)
     if newest is None and damaged:
-        raise CheckpointError(f"{folder}: no valid checkpoint is left")
+        raise CheckpointError(f"{remote.shown(folder)}: no valid checkpoint is left")
     return newest
+
+
+def _bytes_of_lines(path: Path, lines: int) -> int:
+    """Of the first so many lines, or of those that there are."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(len(line) for line in islice(file, lines))
 
 
 def _restored(plan: Plan, backend: Backend, newest: Path | None) -> Progress:
     """Where the checkpoint stands, with the back end's server brought there; without one: the start."""
-    return Progress(**backend.load(newest)) if newest else Progress(0, [0] * plan.workload.data.num_clients)
+    if newest is None:
+        return Progress(0, [0] * plan.workload.data.num_clients)
+    facts = backend.load(newest)
+    try:
+        replace(backend.failures, **facts["failures"])  # as resume will
+        return Progress(**facts)
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{newest}: of another version of fedsim ({error})") from None
 
 
 def _go(
     plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, callbacks: Sequence[Callback]
 ) -> Result:
-    console.print(backend.describe(), highlight=False, soft_wrap=True)
+    console.print(backend.describe(), **_PLAIN)
     blocks = len(plan.blocks(plan.sample_cohort(0)))
     if blocks < backend.simulators:
         console.print(f"only {blocks} of {backend.simulators} simulators have work: lower backend.block_size")
@@ -184,20 +209,22 @@ def _go(
                     if losses > MOST_RESTARTS:
                         raise
                     backend.failures.central_restarted += 1
-                    console.print(f"{error}; going on from the newest checkpoint", highlight=False, soft_wrap=True)
+                    console.print(f"{error}; going on from the newest checkpoint", **_PLAIN)
     except (KeyboardInterrupt, FedsimError) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         progress.failures = asdict(backend.failures)
         write_results(folder, plan, progress, summarise(plan, progress, {}, status))
-        console.print(f"{status}; go on with: python -m fedsim resume {folder}", highlight=False, soft_wrap=True)
+        remote.finish(folder)
+        console.print(f"{status}; go on with: python -m fedsim resume {remote.shown(folder)}", **_PLAIN)
         raise
     summary = summarise(plan, progress, backend.peak_memory_mib(), "finished")
     write_results(folder, plan, progress, summary)
+    remote.finish(folder)
     for callback in callbacks:
         name = f"{type(callback).__name__}.on_run_end"
         guarded(name, plan.workload.config.rounds - 1, (), partial(callback.on_run_end, summary))
     console.print(closing_table(summary))
-    console.print(f"results in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"results in {remote.shown(folder)}", **_PLAIN)
     return Result(folder, summary)
 
 
@@ -216,11 +243,15 @@ def _play(
 
 
 def output_folder(config: Config) -> Path:
-    """Where the run will be written.
+    """Where the run will be written; of a URI, the working folder.
 
     Raises:
         OutputError: it exists, or cannot be written.
     """
+    if is_uri(config.output):
+        if config.backend.name == "ray" and config.output.startswith("memory:"):
+            raise OutputError("output: memory:// is of one process, and Ray's actors are others; take backend=local")
+        return remote.new(config.output)
     joined = config.backend.address or os.environ.get("RAY_ADDRESS", "")
     if config.backend.name == "ray" and joined not in ("", "local") and not Path(config.output).is_absolute():
         raise OutputError(
@@ -229,7 +260,11 @@ def output_folder(config: Config) -> Path:
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or f"runs/{stamp}-{config.algorithm.name.rpartition(':')[2]}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise OutputError(f"output: {str(folder)[:80]!r} cannot be a folder ({error.args[-1]})") from None
+    if taken:
         raise OutputError(
             f"output: {folder} exists; choose another"
             + (f", or go on with it: python -m fedsim resume {folder}" if (folder / "config.yaml").is_file() else "")
@@ -248,11 +283,13 @@ def _create(folder: Path, plan: Plan) -> None:
     data = plan.workload.data
     save_partition(folder / "partition.npz", data.train, data.test, data.about, data.labels)
     write_atomically(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False))
+    remote.push(folder)
 
 
 def _refuse_other_inputs(folder: Path, plan: Plan) -> None:
     """A run goes on only over the data and the backbone that it began with."""
-    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("about", {})
+    before = from_yaml((folder / "config.yaml").read_text(encoding="utf-8")).get("about")
+    before = before if isinstance(before, dict) else {}
     for name, what in (("data", "env's data are"), ("backbone", "backbone is"), ("row", "adapters' layout is")):
         if before.get(name) != json.loads(json.dumps(plan.about[name])):
             raise CheckpointError(f"{folder}: the {what} not what the run began with (config.yaml, about.{name})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from fedsim.config import CONFIGS, AdapterConfig, Config, LocalConfig, find, load, resolve, to_tree
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, OwnCodeError
 
 FILE = """
 algorithm:
@@ -185,6 +186,9 @@ def test_all_mistakes_of_a_file_and_of_the_overrides_at_once(file: Path) -> None
         ("cohort=0", "cohort: 0.0 is neither a count of clients (1, 2, …) nor a share between 0 and 1"),
         ("cohort=2.5", "cohort: 2.5 is neither a count of clients (1, 2, …) nor a share between 0 and 1"),
         ("about=x", "about: unknown key; choose from"),
+        ("nonfinite=ignore", "nonfinite: unknown choice 'ignore'; choose from raise, skip"),
+        ("model.options={checkpoint_path: x.pth}", "model: options.checkpoint_path: weights are set by model.weights"),
+        ("rounds=" + "9" * 20, "rounds: 99999999999999999999 is beyond 2^63"),
     ],
 )
 def test_one_mistake(override: str, mistake: str) -> None:
@@ -218,6 +222,29 @@ def test_a_file_without_algorithm_and_env(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("")
     assert mistakes(path) == ["algorithm: needs a name (algorithm=NAME)", "env: needs a name (env=NAME)"]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("def __post_init__(self): {}['nothing']", "env=own_env:Mine: Config failed\nTraceback"),
+        ("odd: object = object()", "env: the Config of own_env:Mine holds what no configuration file can (Object of"),
+    ],
+)
+def test_a_users_own_config_that_fails(config: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_env.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedsim.envs.shapes import Shapes\n"
+        "class Mine(Shapes):\n"
+        "    @dataclass(frozen=True)\n"
+        "    class Config(Shapes.Config):\n"
+        f"        {config}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_env", raising=False)
+    with pytest.raises((ConfigError, OwnCodeError)) as caught:
+        load(None, ["env=own_env:Mine"])
+    assert str(caught.value).startswith(told)
 
 
 # Adapter blocks --------------------------------------------------------------------------------------------------

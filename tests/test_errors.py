@@ -13,14 +13,18 @@ from fedsim.errors import (
     CentralLostError,
     ClientError,
     ConfigError,
+    DataError,
     FedsimError,
     NoSimulatorsError,
+    OwnCodeError,
     UserError,
     nearest,
+    own_code,
 )
 
 EXAMPLES = {
     ConfigError: (["a: wrong", "b: wrong"],),
+    OwnCodeError: ("env=mine:Mine: build", "Traceback …\nValueError: no\n"),
     ClientError: ("train", 2, [4, 7], "Traceback …\nValueError: no\n"),
     BlockFailedError: (0, [1, 2], 3, "SIGKILL"),
     CentralLostError: (0, "SIGKILL"),
@@ -45,6 +49,7 @@ def test_mistakes_of_the_caller_are_told_apart() -> None:
         "BlockFailedError",
         "CentralLostError",
         "DeviceMemoryError",
+        "OwnCodeError",
         "NoSimulatorsError",
     }
 
@@ -56,6 +61,20 @@ def test_config_error_has_a_line_a_mistake() -> None:
 def test_client_error_names_stage_round_clients_and_cause() -> None:
     error = ClientError("train", 2, [4, 7], "Traceback …\nValueError: no\n")
     assert str(error) == "train failed in round 3, clients [4, 7]\nTraceback …\nValueError: no"
+
+
+def test_own_code_is_named_and_keeps_its_traceback() -> None:
+    with pytest.raises(OwnCodeError) as caught, own_code("env=mine:Mine: build"):
+        {}["nothing"]
+    told = str(caught.value)
+    assert told.startswith("env=mine:Mine: build failed\nTraceback") and told.endswith("\nKeyError: 'nothing'")
+
+
+def test_own_code_may_tell_of_a_mistake_in_one_line_and_may_run_out_of_memory() -> None:
+    with pytest.raises(DataError, match=r"^no such file$"), own_code("env=mine:Mine: build"):
+        raise DataError("no such file")
+    with pytest.raises(DataError, match=r"^env=mine: not enough memory \(9 TiB\)$"), own_code("env=mine"):
+        raise MemoryError("9 TiB")
 
 
 def test_client_error_shows_eight_clients() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -222,6 +224,32 @@ def test_an_error_of_the_users_algorithm_exits_with_1_and_shows_where(tiny, caps
     assert "KeyError: 'nothing'" in printed.err
     assert "resume" in printed.out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_an_error_of_the_users_env_exits_with_1_and_shows_where(tiny, capsys, tmp_path, monkeypatch):
+    (tmp_path / "mistaken_env.py").write_text(
+        "from fedsim.envs.shapes import Shapes\n"
+        "class Mistaken(Shapes):\n"
+        "    def build(self, seed, px, cache):\n"
+        "        return {}['nothing']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*tiny, "env=mistaken_env:Mistaken"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("fedsim: env=mistaken_env:Mistaken: build failed\nTraceback (most recent call last):\n")
+    assert 'mistaken_env.py", line 4, in build' in told and told.endswith("KeyError: 'nothing'\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_names_a_file_need_not_be_text(tiny, tmp_path, monkeypatch):
+    name = "run[/b]\udcff"
+    screen = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main([*tiny, f"output={tmp_path / name}"]) == 0
+    assert main(["report", str(tmp_path / name), "--out", str(tmp_path / "report")]) == 0
+    screen.flush()
+    assert "run[/b]\\udcff" in screen.buffer.getvalue().decode()
+    assert "\nb]\\udcff,fedavg," in (tmp_path / "report" / "comparison.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("what", ["algorithms", "envs", "configs"])

@@ -34,6 +34,11 @@ def test_train_loss_is_weighted_by_samples() -> None:
     assert train_loss(TRAINED[::-1]) == train_loss(TRAINED)
 
 
+def test_train_loss_is_of_those_who_were_not_skipped() -> None:
+    assert train_loss(TRAINED, [1]) == (6 * 1.0 + 1 * 2.0) / 7
+    assert math.isnan(train_loss(TRAINED, [1, 3, 5]))
+
+
 def test_train_loss_does_not_depend_on_the_order_of_blocks_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     blocks = [facts([i], loss=[rng.random()], samples=[rng.integers(1, 9)]) for i in range(50)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from fedsim.config import Config
-from fedsim.errors import ConfigError
+from fedsim.env import FederatedData
+from fedsim.envs.shapes import Shapes
+from fedsim.errors import ConfigError, DataError
 from fedsim.plan import Plan, cache_folder, cut_blocks, prepare
 
 Make = Callable[..., Config]
@@ -171,6 +175,36 @@ def test_a_wrong_model_is_refused_before_any_data_are_made(
     with pytest.raises(ConfigError, match="did you mean 'test_vit'"):
         prepare(tiny_config("model.name=test_vi"))
     assert not (tmp_path / "cold").exists()
+
+
+def test_a_backbone_without_room_is_refused_before_any_data_are_made(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cold"))
+    with pytest.raises(ConfigError, match=r"most of it is frozen weights .*: lower model.img_size, or take a smaller"):
+        prepare(tiny_config("model.options={patch_size: 8, embed_dim: 1000000}"))
+    assert not (tmp_path / "cold").exists()
+
+
+@pytest.mark.parametrize(
+    ("built", "told"),
+    [
+        (lambda data: None, "env=shapes: build gave a NoneType, not a FederatedData"),
+        (
+            lambda data: replace(data, about={"clients": np.int64(8)}),
+            "env=shapes: about cannot be written to the run folder as JSON "
+            "(Object of type int64 is not JSON serializable)",
+        ),
+    ],
+)
+def test_what_an_env_must_give(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, built: Callable[[FederatedData], Any], told: str
+) -> None:
+    build = Shapes.build
+    monkeypatch.setattr(Shapes, "build", lambda *values: built(build(*values)))
+    with pytest.raises(DataError) as caught:
+        prepare(tiny_config())
+    assert str(caught.value) == told
 
 
 def test_a_plan_without_room_in_memory_is_refused(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

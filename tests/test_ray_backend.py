@@ -34,8 +34,8 @@ def test_a_run_that_stopped_on_ray_resumes_on_ray_to_the_same_numbers(tmp_path, 
     on_ray = ["backend=ray", "backend.simulators=2", "backend.dashboard=false", "backend.block_size=2"]
     expected = run(tiny_config(*settings, "backend.block_size=2", f"output={tmp_path / 'local'}")).summary
     with stopped_after(1):
-        run(tiny_config(*settings, *on_ray, f"output={tmp_path / 'ray'}"))
-    summary = resume(tmp_path / "ray").summary
+        run(tiny_config(*settings, *on_ray, f"output=file://{tmp_path / 'ray'}"))
+    summary = resume(f"file://{tmp_path / 'ray'}").summary
     for key in ("accuracy", "unseen", "bytes", "failures", "status"):
         assert summary[key] == expected[key]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.algorithm import Algorithm
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, OwnCodeError
 from fedsim.registry import names, resolve
 
 OWN = """
@@ -15,6 +15,9 @@ from fedsim.algorithms.fedavg import FedAvg
 
 class Mine(FedAvg):
     pass
+
+class Bare(FedAvg):
+    Config = dict
 
 class Stranger:
     pass
@@ -91,6 +94,12 @@ def test_not_a_subclass(own: Path) -> None:
     )
 
 
-def test_an_import_error_inside_the_users_module_is_shown_as_it_is(own: Path) -> None:
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_of_theirs"):
+def test_an_error_inside_the_users_module_keeps_its_traceback(own: Path) -> None:
+    with pytest.raises(OwnCodeError) as caught:
         algorithm("own_broken:Mine")
+    assert caught.value.what == "algorithm=own_broken:Mine: import"
+    assert caught.value.original.endswith("ModuleNotFoundError: No module named 'no_such_module_of_theirs'\n")
+
+
+def test_a_config_is_a_dataclass(own: Path) -> None:
+    assert refused("own_algorithm:Bare") == "algorithm: 'own_algorithm:Bare' has no Config that is a dataclass"

@@ -258,7 +258,7 @@ def test_real_runs_of_a_sweeps_folder_are_compared(tmp_path, capsys):
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     told = {row[0][0].split()[-1]: row[2][0] for row in page.tables["comparison"][1:]}
     assert told == {algorithm: f"{mean:.3f}" for algorithm, mean in means.items()}
-    assert "index.html, 5 pictures and three CSV files in" in capsys.readouterr().out.splitlines()[-1]
+    assert "index.html, 6 pictures and three CSV files in" in capsys.readouterr().out.splitlines()[-1]
 
 
 # In a real browser ---------------------------------------------------------------------------------------------------

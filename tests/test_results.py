@@ -37,6 +37,8 @@ def test_settings_newer_than_the_run_stand_at_their_defaults(tmp_path):
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("  clip: 0.0\n", ""))
     assert "clip: " not in file.read_text() and read(folder).settings == before
+    file.write_text(file.read_text().replace("nonfinite: raise\n", ""))
+    assert "nonfinite" not in file.read_text() and read(folder).settings == before
 
 
 def test_settings_of_a_users_own_algorithm_are_read_without_it(tmp_path):
@@ -90,12 +92,20 @@ def without(*keys: str) -> str:
         ("config.yaml", "a: [", r"config.yaml: damaged \("),
         ("config.yaml", "just a text", r"config.yaml: damaged \("),
         ("config.yaml", "seed: 0", r"config.yaml: damaged \(lacks 'algorithm'\)"),
+        ("config.yaml", "about: {2001-01-01: x}", r"config.yaml: damaged \(keys must be str"),
         ("metrics.jsonl", '{"round": 1, "by', r"metrics.jsonl: damaged \("),
         ("metrics.jsonl", "", r"metrics.jsonl: damaged \(no round was evaluated\)"),
         ("metrics.jsonl", None, r"metrics.jsonl: damaged \("),
         ("clients.csv", "client,samples\n0,3\n", r"clients.csv: damaged \(lacks 'test_samples'\)"),
         ("clients.csv", "\x00\xff", r"clients.csv: damaged \("),
         ("clients.csv", "", r"clients.csv: damaged \(no client\)"),
+        (
+            "clients.csv",
+            "client,samples,test_samples,rounds,accuracy_sent,accuracy\n0,3,10,0,0.1,0.5\n",
+            r"clients.csv: damaged \(its lines are not those of 4 clients\)",
+        ),
+        ("summary.json", without("algorithm"), r"summary.json: damaged \(algorithm is None\)"),
+        ("config.yaml", "about: {versions: [1]}", r"config.yaml: damaged \(about.versions is \[1\]\)"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, file, content, told):

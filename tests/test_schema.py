@@ -13,6 +13,7 @@ from fedsim.schema import Raw, build, setting
 @dataclass(frozen=True)
 class Settings:
     count: int = setting(1, "a count", low=0, high=10)
+    total: int = setting(1, "a count without end", low=0)
     rate: float = setting(0.5, "a rate", low=0)
     on: bool = setting(False, "a switch")
     text: str = setting("x", "a text")
@@ -90,6 +91,7 @@ def test_accepted(key: str, value: Any, expected: Any) -> None:
         ("rate", Raw("9" * 5000), f"part.rate: '{'9' * 5000}' is not a value"),
         ("on", 1, "part.on: 1 is not true or false"),
         ("on", "yes", "part.on: 'yes' is not true or false"),
+        ("total", 2**63, f"part.total: {2**63} is beyond 2^63"),
         ("text", ["x"], "part.text: ['x'] is not a text"),
         ("mean", -0.5, "part.mean: -0.5 is below 0"),
         ("kinds", ["a", "bb"], "part.kinds: unknown choice 'bb', did you mean 'b'?"),
@@ -104,7 +106,7 @@ def test_refused(key: str, value: Any, message: str) -> None:
 def test_all_mistakes_at_once_in_their_order() -> None:
     assert told({"rate": "x", "colour": 1, "on": 2}) == [
         "part.rate: 'x' is not a number",
-        "part.colour: unknown key; choose from count, kinds, mean, on, options, rate, text",
+        "part.colour: unknown key; choose from count, kinds, mean, on, options, rate, text, total",
         "part.on: 2 is not true or false",
     ]
 
@@ -117,6 +119,11 @@ def test_a_section_must_have_keys() -> None:
     assert told([1]) == ["part: [1] is not a section with keys"]
     assert told(Raw("0")) == ["part: 0 is not a section with keys"]
     assert told(Raw("[1")) == ["part: '[1' is not a value"]
+
+
+@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!timestamp x", "[" * 2000, "&a [*a]", "*a", "{a: 1"])
+def test_what_yaml_cannot_read_is_no_value(text: str) -> None:
+    assert told({"rate": Raw(text)}) == [f"part.rate: {text!r} is not a value"]
 
 
 def test_an_empty_section_is_one_of_defaults() -> None:

@@ -136,6 +136,52 @@ def test_an_update_may_be_one_number_a_client(server: Server) -> None:
     assert caught.value.clients == [5]
 
 
+@pytest.fixture
+def skipping(tiny_config: Callable[..., Config], workload: Workload) -> Callable[..., Server]:
+    """A server that leaves such updates out."""
+    return lambda *settings: Server(replace(workload, config=tiny_config("nonfinite=skip", *settings)), torch.zeros(D))
+
+
+def taken(server: Server) -> list[int]:
+    return server.rounds_taken.read(np.arange(8))["rounds"].tolist()
+
+
+def test_the_aggregate_is_over_those_who_are_left(skipping: Callable[..., Server]) -> None:
+    # Clients 0, 2, 3 have 1, 3, 4 samples; without client 2: (1 x 5 + 4 x 0) / 5 = 1
+    server, results = skipping(), [deltas(0.0, 5.0), deltas(8.0)]
+    results[1][0]["delta"][0, 7] = torch.inf
+    facts = server.aggregate(0, [(3, 0), (2,)], results)
+    average = server.average()
+    assert average is not None and average.tolist() == [1.0] * D
+    assert facts["skipped"] == [2] and facts["bytes_up"] == 3 * D * 4  # it was sent
+    assert taken(server) == [1, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_of_those_who_are_left_out_nothing_is_kept(skipping: Callable[..., Server]) -> None:
+    server = skipping("algorithm=local")
+    rows = {"v": torch.ones(3, D)}
+    server.aggregate(0, [(0, 1, 2)], [({}, rows)])
+    rows = {"v": torch.full((3, D), 2.0)}
+    rows["v"][1, 0], rows["v"][2, -1] = torch.nan, -torch.inf
+    assert server.aggregate(1, [(0, 1, 5)], [({}, rows)])["skipped"] == [1, 5]
+    assert server.store.read(np.arange(8))["v"][:, 3].tolist() == [2, 1, 1, 0, 0, 0, 0, 0]
+    assert server.store.seen.tolist() == [True] * 3 + [False] * 5
+    assert taken(server) == [2, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_round_without_anyone_left_changes_nothing(
+    skipping: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = skipping()
+    server.aggregate(0, [(0,)], [deltas(1.0)])
+    server.state["metrics"] = {"drift": 0.5}  # of the round before
+    before = dict(server.state)
+    monkeypatch.setattr(server.algorithm, "aggregate", their_own_mistake)
+    facts = server.aggregate(1, [(0, 1)], [deltas(torch.nan, torch.nan)])
+    assert facts == {"bytes_up": 2 * D * 4, "skipped": [0, 1], "metrics": {}, "seconds": {}}
+    assert server.state == before and taken(server) == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("shape", [(1, D), (3, D), ()])
 def test_an_update_of_another_number_of_clients(server: Server, shape: tuple[int, ...]) -> None:
     with pytest.raises(ClientError) as caught:

@@ -325,6 +325,11 @@ def test_extreme_alphas_split(alpha: float) -> None:
             "env.num_clients=201: each needs at least 3 images, the source has 600 to give (most clients: 200)",
         ),
         (
+            {"min_samples": 10**12},
+            "env.num_clients=100: each needs at least 1000000000001 images, the source has 600 to give "
+            "(most clients: 0)",
+        ),
+        (
             {"partition": "pathological", "num_clients": 150, "classes_per_client": 5},
             "class 0 has 60 training images for 75 clients that hold it",
         ),

@@ -196,6 +196,12 @@ def test_mistakes(wrong: dict[str, Any], line: str) -> None:
     assert mistakes == [line]
 
 
+def test_more_images_than_the_disk_has_room_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^env\.num_clients=100000000: 8000000000 images take 22888 GiB, "):
+        build(tmp_path / "cold", num_clients=100_000_000)
+    assert not (tmp_path / "cold").exists()
+
+
 def test_more_classes_a_client_than_are_drawn(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^env\.classes_per_client=13: the source has training images of 12 classes$"):
         build(tmp_path, classes_per_client=13)

@@ -293,6 +293,13 @@ def test_a_damaged_image_is_named_and_leaves_nothing_behind(tree: Tree, tmp_path
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_an_image_that_another_program_would_have_to_draw(tree: Tree, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "EPS")
+    with pytest.raises(DataError, match=r"image 'a/1\.png' cannot be decoded: it is no image of a known format"):
+        decoded(tree({"a/1.png": buffer.getvalue()}), 4, tmp_path / "cache")
+
+
 def test_a_decompression_bomb(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"image 'a/1.png' cannot be decoded: .*decompression bomb"):
