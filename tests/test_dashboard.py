@@ -147,7 +147,8 @@ def test_metrics_are_exported_by_run(watched):
     failures = {kind: value for (_, kind), value in found["ray_fedsim_failures"].items()}
     assert failures["actors_replaced"] == 1
     assert set(failures) == {
-        "actors_replaced", "hangs", "blocks_requeued", "blocks_halved", "central_restarted", "clients_quarantined",
+        "actors_replaced", "hangs", "blocks_requeued", "blocks_halved", "central_restarted", "updates_skipped",
+        "clients_quarantined",
     }  # fmt: skip
     assert (found["ray_fedsim_queue_length"], found["ray_fedsim_simulators"]) == ({run: 3.0}, {run: 2.0})
     seconds = found["ray_fedsim_block_seconds_bucket"]

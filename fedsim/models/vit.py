@@ -201,9 +201,8 @@ def skeleton(model: ModelConfig) -> Any:
     if model.name.split(".")[0] not in known:
         raise ConfigError([f"model.name: timm has no vision transformer {model.name!r}{nearest(model.name, known)}"])
     try:
+        backbone = _hollow(model)
         with torch.device("meta"):
-            no_values: dict[str, Any] = {} if "weight_init" in model.options else {"weight_init": "skip"}
-            backbone = _timm(model, **no_values)
             features = backbone.eval()(torch.empty(1, 3, model.img_size, model.img_size))
         if features.shape != (1, backbone.num_features):
             raise ValueError(f"an image gives features of shape {tuple(features.shape)}")
@@ -224,14 +223,17 @@ def create_backbone(model: ModelConfig) -> Any:
 
 
 def filled(model: ModelConfig, state: Mapping[str, Tensor]) -> Any:
-    """The timm model without classifier over the given tensors, which are not copied.
-
-    Raises:
-        ConfigError: as ``skeleton``.
-    """
-    backbone = skeleton(model)
+    """The timm model without classifier over the given tensors, which are not copied; one that ``skeleton`` made."""
+    backbone = _hollow(model)
     backbone.load_state_dict(state, assign=True)
     return backbone
+
+
+def _hollow(model: ModelConfig) -> Any:
+    # Without an image through it: on the meta device that imports torch's compiler, in every simulator.
+    no_values: dict[str, Any] = {} if "weight_init" in model.options else {"weight_init": "skip"}
+    with torch.device("meta"):
+        return _timm(model, **no_values)
 
 
 def _timm(model: ModelConfig, pretrained: bool = False, **more: Any) -> Any:
