@@ -85,3 +85,14 @@ def write_run(
         about=np.array(json.dumps(data)),
     )
     return folder
+
+
+def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """All that a run wrote, apart from times and memory: its summary, its records, and ``clients.csv``."""
+    summary = json.loads((folder / "summary.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for measured in ("seconds", "updates_per_second", "peak_memory_mib"):
+        summary.pop(measured)
+        for record in records:
+            record.pop(measured, None)
+    return summary, records, (folder / "clients.csv").read_text()

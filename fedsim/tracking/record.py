@@ -65,13 +65,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def flat(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """``{"seconds": {"train": 1.0}}`` as ``("seconds/train", 1.0)``; what is no number is left out."""
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "round":
-            yield f"{prefix}{key}", float(value)
+    for key, value in results.flat(record).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key.rpartition(".")[2] != "round":
+            yield key.replace(".", "/"), float(value)
 
 
 def settings(config: Config) -> dict[str, bool | float | str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import run_folders
 
 from fedsim import simulation as runs
 from fedsim.backend import Backend, LocalBackend
@@ -91,14 +91,9 @@ def pool(faults: Path, tiny_config) -> Iterator[tuple[Plan, Any]]:
 
 def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str, dict[str, Any]]:
     """All that a run wrote, apart from times and memory, and its failures."""
-    summary = json.loads((folder / "summary.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for measured in ("seconds", "updates_per_second", "peak_memory_mib"):
-        summary.pop(measured)
-        for record in records:
-            record.pop(measured, None)
+    summary, records, clients = run_folders.results(folder)
     failures = summary.pop("failures")
-    return summary, records, (folder / "clients.csv").read_text(), failures
+    return summary, records, clients, failures
 
 
 def test_a_killed_and_a_hung_simulator_cost_time_and_nothing_else(faults, tiny_config, tmp_path):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import results
 
 from fedsim.backend import LocalBackend
 from fedsim.errors import CentralLostError, ClientError
@@ -38,16 +37,6 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[int, Sequence[
     return patched
 
 
-def told(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """All that a run wrote, apart from times and memory."""
-    summary = json.loads((folder / "summary.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for measured in ("seconds", "updates_per_second", "peak_memory_mib"):
-        for facts in (summary, *records):
-            facts.pop(measured, None)
-    return summary, records, (folder / "clients.csv").read_text()
-
-
 def rounds_taken(clients: str) -> list[str]:
     return [line.split(",")[3] for line in clients.splitlines()[1:]]
 
@@ -55,18 +44,18 @@ def rounds_taken(clients: str) -> list[str]:
 def test_without_any_such_update_the_setting_changes_nothing(tiny_config, tmp_path):
     for choice in ("raise", "skip"):
         run(tiny_config(*SETTINGS, f"nonfinite={choice}", f"output={tmp_path / choice}"))
-    assert told(tmp_path / "raise") == told(tmp_path / "skip")
+    assert results(tmp_path / "raise") == results(tmp_path / "skip")
 
 
 def test_clients_are_left_out_of_the_round_named_and_counted(tiny_config, tmp_path, spoiled, caplog):
     run(tiny_config(*SETTINGS, f"output={tmp_path / 'plain'}"))
     spoiled({1: [3, 5], 2: EVERYONE})
     run(tiny_config(*SETTINGS, "nonfinite=skip", f"output={tmp_path / 'run'}"))
-    summary, (first, second, third), clients = told(tmp_path / "run")
-    assert first == told(tmp_path / "plain")[1][0] and "skipped" not in first
+    summary, (first, second, third), clients = results(tmp_path / "run")
+    assert first == results(tmp_path / "plain")[1][0] and "skipped" not in first
     assert (second["skipped"], third["skipped"]) == ([3, 5], [*EVERYONE])
     assert isinstance(second["loss"], float) and third["loss"] is None
-    assert third["accuracy"] == second["accuracy"] != told(tmp_path / "plain")[1][1]["accuracy"]
+    assert third["accuracy"] == second["accuracy"] != results(tmp_path / "plain")[1][1]["accuracy"]
     assert (summary["status"], summary["rounds"], summary["failures"]["updates_skipped"]) == ("finished", 3, 10)
     assert rounds_taken(clients) == ["2", "2", "2", "1", "2", "1", "2", "2"]
     assert [record.getMessage() for record in caplog.records if "finite" in record.getMessage()] == [
@@ -82,7 +71,7 @@ def test_they_are_counted_once_whatever_is_repeated(tiny_config, tmp_path, spoil
     with stopped_after(2):
         run(tiny_config(*settings, f"output={tmp_path / 'stopped'}"))
     resume(tmp_path / "stopped")
-    assert told(tmp_path / "stopped") == told(tmp_path / "undisturbed")
+    assert results(tmp_path / "stopped") == results(tmp_path / "undisturbed")
 
     aggregate, due = LocalBackend.aggregate, [1]
 
@@ -94,9 +83,9 @@ def test_they_are_counted_once_whatever_is_repeated(tiny_config, tmp_path, spoil
 
     monkeypatch.setattr(LocalBackend, "aggregate", lost)
     run(tiny_config(*settings, f"output={tmp_path / 'lost'}"))
-    summary, *rest = told(tmp_path / "lost")
+    summary, *rest = results(tmp_path / "lost")
     assert summary["failures"].pop("central_restarted") == 1
-    expected, *others = told(tmp_path / "undisturbed")
+    expected, *others = results(tmp_path / "undisturbed")
     assert expected["failures"].pop("central_restarted") == 0
     assert (summary, rest) == (expected, others) and summary["failures"]["updates_skipped"] == 3
 
@@ -105,5 +94,5 @@ def test_by_default_they_stop_the_run(tiny_config, tmp_path, spoiled):
     spoiled({1: [3, 5]})
     with pytest.raises(ClientError, match=r"train failed in round 2, clients \[3, 5\]\n.*nonfinite=skip$"):
         run(tiny_config(*SETTINGS, f"output={tmp_path / 'run'}"))
-    summary, records, _ = told(tmp_path / "run")
+    summary, records, _ = results(tmp_path / "run")
     assert (summary["status"], summary["rounds"], len(records)) == ("failed", 1, 1)

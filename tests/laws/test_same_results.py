@@ -6,13 +6,13 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
+from run_folders import results
 
 from fedsim import registry
 from fedsim.algorithm import Algorithm, State
@@ -243,14 +243,3 @@ def test_stop_and_resume_gives_bit_identical_results(tiny_config, tmp_path, algo
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["status"] == "interrupted"
     resume(tmp_path / "stopped")
     assert results(tmp_path / "stopped") == results(tmp_path / "undisturbed")
-
-
-def results(folder: Path) -> tuple:
-    """All that a run wrote, apart from times and memory."""
-    summary = json.loads((folder / "summary.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for measured in ("seconds", "updates_per_second", "peak_memory_mib"):
-        summary.pop(measured)
-        for record in records:
-            record.pop(measured, None)
-    return summary, records, (folder / "clients.csv").read_text()
