@@ -110,7 +110,7 @@ def _row(plan: Plan, backend: LocalBackend, client: int, rounds: int) -> Tensor:
         for state in backend.server.broadcast(round, ids)
     )
     local = config.local.in_round(round, config.rounds)
-    context = LocalContext(simulator.model, plan.workload.data, ids, local, config.seed, round, "personalise")
+    context = LocalContext(simulator.model, simulator.samples, ids, local, config.seed, round, "personalise")
     found = guarded("personalise", round, ids, lambda: simulator.algorithm.personalise(payload, rows, context))
     if not isinstance(found, Tensor):
         told = f"{config.algorithm.name} predicts with more than adapters and a head, which is all that can be exported"

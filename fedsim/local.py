@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim.config import LocalConfig
-from fedsim.env import FederatedData
 from fedsim.models.vit import VitModel
 from fedsim.rng import stream, torch_stream
+from fedsim.samples import Samples
 
 Loss = Callable[[Tensor, "Batch"], Tensor]
 """From rows ``[m, d]`` and a batch of m clients to one loss a client ``[m]``."""
@@ -64,24 +64,24 @@ class LocalContext:
     def __init__(
         self,
         model: VitModel,
-        data: FederatedData,
+        samples: Samples,
         ids: tuple[int, ...],
         local: LocalConfig,
         seed: int,
         round: int,
         purpose: str,
     ) -> None:
-        self.model, self.data, self.ids, self.local = model, data, ids, local
+        self.model, self.samples, self.data, self.ids, self.local = model, samples, samples.data, ids, local
         self.seed, self.round, self.purpose = seed, round, purpose
-        self._hold([data.train[client] for client in ids])
+        self._hold([self.data.train[client] for client in ids])
         self.loss_sum, self.loss_count = torch.zeros(2, len(ids), device=model.device)
         self.steps = torch.zeros(len(ids), dtype=torch.int64, device=model.device)
         # One stream a client for the whole round: a second pass over the data draws other batches than the first.
         self._orders = [stream(seed, f"{purpose}.batches", round, client) for client in ids]
 
-    def _hold(self, samples: list[np.ndarray]) -> None:
-        self._samples = samples
-        self.sizes = torch.tensor([float(len(own)) for own in samples], device=self.model.device)
+    def _hold(self, own: list[np.ndarray]) -> None:
+        self._own = own
+        self.sizes = torch.tensor([float(len(samples)) for samples in own], device=self.model.device)
 
     @property
     def lr(self) -> float:
@@ -109,7 +109,7 @@ class LocalContext:
             yield from self._cut([self.data.test[client] for client in self.ids], batch_size or self.local.batch_size)
             return
         for _ in range(epochs):
-            orders = [rng.permutation(own) for rng, own in zip(self._orders, self._samples, strict=True)]
+            orders = [rng.permutation(own) for rng, own in zip(self._orders, self._own, strict=True)]
             yield from self._cut(orders, batch_size or self.local.batch_size)
 
     def split(self, share: float) -> tuple[LocalContext, LocalContext]:
@@ -119,9 +119,9 @@ class LocalContext:
         are drawn once: the same in all rounds. Losses and steps are counted together with this context's.
         """
         kept, held = copy.copy(self), copy.copy(self)
-        chosen = [self._draw(own, min(max(1, round(share * len(own))), len(own) - 1)) for own in self._samples]
-        kept._hold([own[~mask] for own, mask in zip(self._samples, chosen, strict=True)])
-        held._hold([own[mask] for own, mask in zip(self._samples, chosen, strict=True)])
+        chosen = [self._draw(own, min(max(1, round(share * len(own))), len(own) - 1)) for own in self._own]
+        kept._hold([own[~mask] for own, mask in zip(self._own, chosen, strict=True)])
+        held._hold([own[mask] for own, mask in zip(self._own, chosen, strict=True)])
         return kept, held
 
     def _draw(self, own: np.ndarray, number: int) -> np.ndarray:
@@ -134,7 +134,7 @@ class LocalContext:
 
     def class_counts(self) -> Tensor:
         """Training samples of each class: ``[C, classes] float32``."""
-        counts = [np.bincount(self.data.labels[own], minlength=len(self.data.classes)) for own in self._samples]
+        counts = [np.bincount(self.data.labels[own], minlength=len(self.data.classes)) for own in self._own]
         return torch.from_numpy(np.stack(counts)).float().to(self.model.device)
 
     def _cut(self, indices: list[np.ndarray], size: int) -> Iterator[Batch]:
@@ -150,13 +150,8 @@ class LocalContext:
         mask = np.zeros((len(parts), width), dtype=np.float32)
         for i, part in enumerate(parts):
             index[i, : len(part)], mask[i, : len(part)] = part, 1
-        device = self.model.device
-        return Batch(
-            torch.from_numpy(self.data.inputs[index]).to(device),
-            torch.from_numpy(self.data.labels[index]).to(device),
-            torch.from_numpy(mask).to(device),
-            tuple(i for i, part in enumerate(parts) if not len(part)),
-        )
+        left = tuple(i for i, part in enumerate(parts) if not len(part))
+        return Batch(*self.samples.take(index), self.samples.send(mask), left)
 
     # Model -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from fedsim.env import FederatedData
 from fedsim.errors import ClientError, FedsimError
 from fedsim.local import LocalContext
 from fedsim.models.vit import VitModel
+from fedsim.samples import Samples
 
 T = TypeVar("T")
 Facts = dict[str, Any]
@@ -51,10 +52,11 @@ class Simulator:
 
     def __init__(self, workload: Workload, device: str = "cpu") -> None:
         config = workload.config
-        self.config, self.data, self.algorithm = config, workload.data, workload.algorithm()
+        self.config, self.algorithm = config, workload.algorithm()
         self.unseen = workload.unseen
         classes, extra = workload.task.num_classes, self.algorithm.extra
         self.model = VitModel(config.model, config.adapter, classes, workload.frozen, device, config.precision, extra)
+        self.samples = Samples(workload.data, self.model.device)
 
     def train(self, round: int, ids: tuple[int, ...], payload: State, rows: State) -> tuple[Facts, State, State]:
         """Local training of a block: facts, ``update [C, …]``, and the clients' new rows.
@@ -124,7 +126,7 @@ class Simulator:
 
     def _context(self, round: int, ids: tuple[int, ...], purpose: str) -> LocalContext:
         local = self.config.local.in_round(round, self.config.rounds)
-        return LocalContext(self.model, self.data, ids, local, self.config.seed, round, purpose)
+        return LocalContext(self.model, self.samples, ids, local, self.config.seed, round, purpose)
 
     def _to_device(self, state: State) -> State:
         # A copy even on the CPU: what came out of Ray's store is shared memory that an algorithm must not write to.
@@ -169,4 +171,8 @@ def _same(a: Tensor | Predictor, b: Tensor | Predictor) -> bool:
 
 
 def _to_host(state: State) -> State:
-    return {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
+    # Copies that do not wait for one another, and one wait for all of them.
+    host = {name: value.detach().contiguous().to("cpu", non_blocking=True) for name, value in state.items()}
+    if any(value.is_cuda for value in state.values()):
+        torch.cuda.synchronize()
+    return host

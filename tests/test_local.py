@@ -21,18 +21,20 @@ from fedsim.config import LocalConfig
 from fedsim.env import FederatedData, Ragged
 from fedsim.local import Batch, LocalContext, client_mean, cross_entropy
 from fedsim.plan import prepare
+from fedsim.samples import Samples
 from fedsim.simulator import Simulator
 
 # Client k's images are 10 k, 10 k + 1, …; an image's red is its index. Two to a batch: 3, 2 and 1 steps.
 SIZES, TEST_SIZES = (5, 3, 2), (2, 3, 1)
 EVERYONE = (0, 1, 2)
 LN2 = math.log(2)
+CPU = torch.device("cpu")
 
 
 class Pencil:
     """Stands in for ``VitModel``."""
 
-    device = torch.device("cpu")
+    device = CPU
 
     def features(self, rows: Tensor, images: Tensor) -> Tensor:
         return images[:, :, 0, :, 0].float()
@@ -57,7 +59,7 @@ def context(data: FederatedData) -> Callable[..., LocalContext]:
     ) -> LocalContext:
         settings = replace(LocalConfig(epochs=1, batch_size=2, lr=0.01), **local)
         model: Any = Pencil()
-        return LocalContext(model, data, ids, settings, seed, round, purpose)
+        return LocalContext(model, Samples(data, CPU), ids, settings, seed, round, purpose)
 
     return made
 
@@ -163,7 +165,7 @@ def test_the_held_out_part_is_that_of_the_client_and_of_the_seed(context: Make) 
 def test_renaming_clients_holds_out_the_same_samples(context: Make, data: FederatedData) -> None:
     renamed = replace(data, train=Ragged.of([data.train[k] for k in (2, 0, 1)]))
     model: Any = Pencil()
-    ctx = LocalContext(model, renamed, EVERYONE, LocalConfig(batch_size=2), 0, 0, "train")
+    ctx = LocalContext(model, Samples(renamed, CPU), EVERYONE, LocalConfig(batch_size=2), 0, 0, "train")
     assert [images_of(ctx.split(0.4)[1], k) for k in (1, 2, 0)] == [
         images_of(context().split(0.4)[1], k) for k in EVERYONE
     ]
@@ -172,7 +174,7 @@ def test_renaming_clients_holds_out_the_same_samples(context: Make, data: Federa
 def test_a_single_sample_is_never_held_out(data: FederatedData) -> None:
     poor = replace(data, train=Ragged.of([np.array([4]), np.array([5, 6]), np.array([], dtype=np.int64)]))
     model: Any = Pencil()
-    kept, held = LocalContext(model, poor, EVERYONE, LocalConfig(batch_size=2), 0, 0, "train").split(0.5)
+    kept, held = LocalContext(model, Samples(poor, CPU), EVERYONE, LocalConfig(batch_size=2), 0, 0, "train").split(0.5)
     assert kept.sizes.tolist() == [1, 1, 0] and held.sizes.tolist() == [0, 1, 0]
     assert [batch.left for batch in held.batches()] == [(0,)]
 

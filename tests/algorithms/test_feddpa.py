@@ -56,8 +56,8 @@ def test_on_the_real_model_half_of_each_of_two_equal_adapters_and_heads_is_one(t
     plan = prepare(tiny_config("algorithm=feddpa"))
     algorithm, d = plan.workload.algorithm(), plan.params.numel() // 2
     backend = LocalBackend(plan.workload, plan.params)
-    data = plan.workload.data
-    ctx = LocalContext(backend.simulator.model, data, (0,), plan.workload.config.local, 0, 0, "train")
+    simulator, local = backend.simulator, plan.workload.config.local
+    ctx = LocalContext(simulator.model, simulator.samples, (0,), local, 0, 0, "train")
     w = plan.params[None, :d] + 0.1 * torch.randn(1, d, generator=torch.Generator().manual_seed(0))
     single = prepare(tiny_config("algorithm=fedavg")).workload.task.layout
     assert [piece.size for piece in plan.workload.task.layout.pieces] == 2 * [piece.size for piece in single.pieces]
