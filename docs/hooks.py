@@ -101,6 +101,8 @@ def _values(hint: Any, limits: Mapping[str, Any]) -> str:
     names = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
     inner = [option for option in typing.get_args(hint) if option in names]
     kind = names.get(hint) or (names[inner[0]] if inner and typing.get_origin(hint) is not dict else "mapping")
+    if limits.get("zero"):
+        return f"{kind}, at least 1, or `{limits['zero']}`"
     if low is None and high is None:
         return kind
     if high is None:

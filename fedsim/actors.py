@@ -82,6 +82,13 @@ class SimulatorActor:
     def ready(self) -> int:
         return os.getpid()
 
+    def probe(self, ids: Block, params: np.ndarray) -> float | FedsimError:
+        try:
+            with memory_told(ids):
+                return self.simulator.probe(ids, torch.from_numpy(params.copy()))
+        except FedsimError as error:
+            return error
+
     @ray.method(num_returns=2)
     def train(
         self, round: int, ids: Block, payload: Arrays, rows: Arrays

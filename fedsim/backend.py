@@ -45,6 +45,28 @@ class Backend(ABC):
     def describe(self) -> str:
         """One line on what computes."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs that simulators can share."""
+        return 0
+
+    @property
+    def per_gpu(self) -> int:
+        """Simulators on each of them."""
+        return 1
+
+    def share_gpus(self, per_gpu: int) -> None:
+        """Puts so many simulators on each GPU, in place of those that there are; before round 1."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def probe(self, block: Block) -> float:
+        """Seconds of a step of local training of this block, when all simulators take it at the same time.
+
+        Raises:
+            DeviceMemoryError: it does not fit into a simulator's memory.
+        """
+
     @abstractmethod
     def train(self, round: int, blocks: list[Block]) -> list[Facts]:
         """Broadcasts to all blocks and trains them; updates wait for ``aggregate``.
@@ -122,6 +144,10 @@ class LocalBackend(Backend):
 
     def describe(self) -> str:
         return f"one simulator in this process, on {self.simulator.model.device}"
+
+    def probe(self, block: Block) -> float:
+        with memory_told(block):
+            return self.simulator.probe(block, self._params)
 
     def train(self, round: int, blocks: list[Block]) -> list[Facts]:
         def work(piece: Piece) -> None:

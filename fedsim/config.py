@@ -142,9 +142,14 @@ class BackendConfig:
 
     name: str = setting("ray", "'ray' (actors), or 'local' (this process, no Ray)", choices=("ray", "local"))
     simulators: int = setting(0, "Ray actors that train blocks; 0: one a CPU, or per_gpu for each GPU", low=0)
-    per_gpu: int = setting(2, "simulators that share a GPU", low=1)
+    per_gpu: int = setting(2, "simulators that share a GPU; auto: found by trying before round 1", low=0, zero="auto")
     gpu_fraction: float = setting(0.0, "share of a GPU that one simulator reserves; 0: 1 / per_gpu", low=0, high=1)
-    block_size: int = setting(8, "most clients that are trained together as one batch", low=1)
+    block_size: int = setting(
+        8,
+        "most clients that are trained together as one batch; auto: found by trying before round 1",
+        low=0,
+        zero="auto",
+    )
     threads: int = setting(1, "CPU threads of a simulator and of the server; part of the arithmetic", low=1, high=1024)
     address: str = setting("", "Ray cluster to join; default: $RAY_ADDRESS, else a new local one")
     dashboard: bool = setting(True, "start the Ray dashboard (local clusters)")

@@ -38,6 +38,7 @@ class Plan:
         cohort: clients a round.
         trainable: ids of the clients that may be drawn, in their order.
         about: JSON-serialisable facts on data, backbone and layout.
+        largest_block: clients in a block that this machine's memory has room for, as far as can be told before.
     """
 
     workload: Workload
@@ -45,6 +46,7 @@ class Plan:
     cohort: int
     trainable: np.ndarray
     about: dict[str, Any]
+    largest_block: int = 1
 
     def sample_cohort(self, round: int) -> np.ndarray:
         """The round's clients ``[M]``, a function of the seed and the round, in the order of their ids."""
@@ -55,6 +57,11 @@ class Plan:
         """All clients; those that never train in blocks of their own."""
         unseen = np.array(sorted(self.workload.unseen), dtype=np.int64)
         return self.blocks(self.trainable) + (self.blocks(unseen) if len(unseen) else [])
+
+    def longest(self, number: int) -> tuple[int, ...]:
+        """So many of the clients that train, those with most samples."""
+        sizes = self.workload.data.train.sizes[self.trainable]
+        return tuple(self.trainable[np.argsort(-sizes, kind="stable")[:number]].tolist())
 
     def blocks(self, clients: np.ndarray) -> list[tuple[int, ...]]:
         config, starts = self.workload.config, self.workload.data.train.offsets
@@ -110,7 +117,10 @@ def prepare(config: Config) -> Plan:
     )
     weights = checksum(frozen)
     if config.model.cached_prefix != "off":
-        data = replace(data, token_file=prefix.token_file(config.model, model, weights, data, cache_folder()))
+        computing = model
+        if torch.cuda.is_available():
+            computing = VitModel(config.model, config.adapter, len(data.classes), frozen, "cuda", extra=algorithm.extra)
+        data = replace(data, token_file=prefix.token_file(config.model, computing, weights, data, cache_folder()))
     unseen = frozenset(np.setdiff1d(np.arange(data.num_clients), trainable).tolist())
     workload = Workload(config, task, data, frozen, unseen)
     params = model.initial(torch_stream(config.seed, "params"))
@@ -124,7 +134,7 @@ def prepare(config: Config) -> Plan:
         parts = memory_bytes(plan, model)
     about["memory_mib"] = {name: round(value / (1 << 20), 1) for name, value in parts.items()}
     _refuse_without_room(parts, "backend.block_size, backend.simulators, local.batch_size or env.num_clients")
-    return plan
+    return replace(plan, largest_block=_largest_block(plan, model, sum(parts.values())))
 
 
 def _built(config: Config) -> tuple[Env, FederatedData]:
@@ -206,19 +216,33 @@ def memory_bytes(plan: Plan, model: VitModel) -> dict[str, int]:
     """What the run will take at its peak on this machine, by part; rough, and meant to be on the safe side."""
     config, data, task = plan.workload.config, plan.workload.data, plan.workload.task
     algorithm = plan.workload.algorithm()
-    backbone = model.module.backbone
-    tokens = int(backbone.pos_embed.shape[1]) if backbone.pos_embed is not None else 0
-    adapted = config.adapter.count(len(backbone.blocks))
-    samples = config.backend.block_size * max(config.local.batch_size, 1)
-    # Kept for the backward pass of one transformer block, per token: about 16 vectors of the model's width.
-    activations = samples * tokens * backbone.num_features * 4 * 16 * (adapted + 2)
-    rows = 4 * task.layout.size * config.backend.block_size * 8
+    block = max(1, config.backend.block_size) * _client_bytes(plan, model)
     return {
         "frozen weights, shared": sum(v.nbytes for v in plan.workload.frozen.values()),
         "clients' rows": min(Store.bytes_for(algorithm.init_client(plan.params), data.num_clients), BUDGET_BYTES),
         "server": algorithm.memory_bytes() + 4 * 4 * task.layout.size * plan.cohort,
-        "simulators": _simulators_here(config.backend) * (SIMULATOR_BASE_BYTES + activations + rows),
+        "simulators": _simulators_here(config.backend) * (SIMULATOR_BASE_BYTES + block),
     }
+
+
+def _client_bytes(plan: Plan, model: VitModel) -> int:
+    """What a simulator takes of this machine's memory for each client of a block."""
+    config, backbone = plan.workload.config, model.module.backbone
+    rows = 4 * plan.workload.task.layout.size * 8
+    if torch.cuda.is_available():
+        return rows  # the rest is in the GPU's own
+    tokens = int(backbone.pos_embed.shape[1]) if backbone.pos_embed is not None else 0
+    adapted = config.adapter.count(len(backbone.blocks))
+    # Kept for the backward pass of one transformer block, per token: about 16 vectors of the model's width.
+    return int(config.local.batch_size * tokens * backbone.num_features * 4 * 16 * (adapted + 2) + rows)
+
+
+def _largest_block(plan: Plan, model: VitModel, needed: int) -> int:
+    """Clients in a block for which there is room beside what the plan needs."""
+    backend = plan.workload.config.backend
+    free = max(0, psutil.virtual_memory().available - needed)
+    more = free // (max(1, _simulators_here(backend)) * _client_bytes(plan, model))
+    return int(max(1, backend.block_size) + more)
 
 
 def _simulators_here(backend: BackendConfig) -> int:
@@ -227,7 +251,11 @@ def _simulators_here(backend: BackendConfig) -> int:
         return 1
     if backend.address or os.environ.get("RAY_ADDRESS"):
         return 0
-    return backend.simulators or torch.cuda.device_count() * backend.per_gpu or (os.cpu_count() or 1) // backend.threads
+    return (
+        backend.simulators
+        or torch.cuda.device_count() * max(1, backend.per_gpu)
+        or (os.cpu_count() or 1) // backend.threads
+    )
 
 
 def _refuse_without_room(parts: dict[str, int], what_to_lower: str) -> None:

@@ -72,10 +72,8 @@ class RayBackend(Backend):
             self.gpu_fraction, simulators = _size_pool(self.config)
             # Apart: the server needs no weights, and the runs of a sweep share them.
             self._workload, self._frozen = ray.put(replace(workload, frozen={})), put_frozen(workload.frozen)
-            self._pool = Pool(self.config, simulators)
             self._central = self._start_central()
-            self._start_due(time.monotonic())
-            self._wait_until_ready()
+            self._start_pool(simulators)
         except BaseException:
             self.close()
             raise
@@ -84,6 +82,16 @@ class RayBackend(Backend):
     @property
     def simulators(self) -> int:
         return len(self._pool.slots)
+
+    @property
+    def gpus(self) -> int:
+        if ray.util.get_current_placement_group() is not None:  # in a sweep a run's place is fixed before it begins
+            return 0
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def per_gpu(self) -> int:
+        return max(1, self.config.per_gpu)
 
     def pids(self) -> list[int]:
         """Process ids of the simulators."""
@@ -102,6 +110,24 @@ class RayBackend(Backend):
         return CentralActor.options(  # type: ignore[attr-defined]
             name=f"central-r{again}" if again else "central", namespace=self._namespace, num_cpus=0
         ).remote(self._workload, self._params)
+
+    def _start_pool(self, simulators: int, starts: int = 0) -> None:
+        """So many simulators, and waits for them; ``starts``: how often any was started before, for their names."""
+        self._pool = Pool(self.config, simulators)
+        for slot in self._pool.slots:
+            slot.starts = starts
+        self._start_due(time.monotonic())
+        self._wait_until_ready()
+
+    def share_gpus(self, per_gpu: int) -> None:
+        self.config = replace(self.config, per_gpu=per_gpu)
+        self.gpu_fraction, simulators = _size_pool(self.config)
+        self._restart_pool(simulators)
+
+    def _restart_pool(self, simulators: int) -> None:
+        for slot in self._pool.slots:
+            ray.kill(slot.actor)
+        self._start_pool(simulators, max(slot.starts for slot in self._pool.slots))
 
     def _start_due(self, now: float) -> None:
         for slot in self._pool.due(now):
@@ -140,6 +166,21 @@ class RayBackend(Backend):
         ray.kill(self._central)
         self._central, self._trained = self._start_central(), []
         self._ask("start", 0, self._central.ready, timeout_s=self.config.start_timeout_s)
+
+    def probe(self, block: Block) -> float:
+        params = ray.put(self._params)
+        answers = [slot.actor.probe.remote(block, params) for slot in self._pool.slots]
+        try:
+            seconds = ray.get(answers, timeout=self.config.start_timeout_s)
+        except RayError as error:
+            if not _is_fault(error):
+                raise _own_error(error, "probe", 0, block) from None
+            self._restart_pool(self.simulators)  # whatever ended one of them, so large a block did
+            raise DeviceMemoryError(f"{len(block)} clients in a block: {_first_line(error)}") from None
+        for answer in seconds:
+            if isinstance(answer, FedsimError):
+                raise answer
+        return max(seconds)
 
     # Rounds --------------------------------------------------------------------------------------------------------
 
@@ -359,7 +400,7 @@ def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str,
 
 def gpu_fraction(config: BackendConfig) -> float:
     """The share of a GPU that a simulator takes; 0 in a cluster without GPUs."""
-    return (config.gpu_fraction or 1 / config.per_gpu) if ray.cluster_resources().get("GPU", 0) else 0.0
+    return (config.gpu_fraction or 1 / max(1, config.per_gpu)) if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 def _size_pool(config: BackendConfig) -> tuple[float, int]:

@@ -87,10 +87,18 @@ def as_section(value: Any) -> dict[str, Any]:
 
 
 def setting(
-    default: T, doc: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] | None = None
+    default: T,
+    doc: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    zero: str = "",
 ) -> T:
-    """A documented dataclass field; values below ``low``, above ``high`` or outside ``choices`` are refused."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    """A documented dataclass field; values below ``low``, above ``high`` or outside ``choices`` are refused.
+
+    ``zero``: a word that may be written for 0.
+    """
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices, "zero": zero}
     return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
@@ -111,7 +119,8 @@ def build(schema: type, values: Any, where: str, mistakes: list[str]) -> Any:
             mistakes.append(f"{prefix}{key}: unknown key{nearest(str(key), fields)}")
             continue
         try:
-            accepted[key] = _convert(value, hints[key])
+            word = fields[key].metadata.get("zero")
+            accepted[key] = 0 if word and value == word else _convert(value, hints[key])
             _check_range(accepted[key], fields[key].metadata)
         except ValueError as error:
             mistakes.append(f"{prefix}{key}: {error}")

@@ -25,11 +25,12 @@ from torch import Tensor
 from fedsim import __version__, checkpoint, remote, tracking
 from fedsim.backend import Backend, LocalBackend, make_backend
 from fedsim.callbacks import Callback, Called
-from fedsim.config import Config, load, to_tree
+from fedsim.config import BackendConfig, Config, load, to_tree
 from fedsim.env import save_partition
 from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError
 from fedsim.loop import Progress, run_rounds, summarise, write_atomically, write_results
 from fedsim.plan import Plan, prepare
+from fedsim.probe import told, with_sizes
 from fedsim.schema import from_yaml
 from fedsim.simulator import guarded
 from fedsim.tracking import Tracker, closing_table
@@ -92,6 +93,7 @@ def run(config: Config, console: Console | None = None, callbacks: Sequence[Call
     plan = prepare(config)
     backend = make_backend(plan.workload, plan.params, remote.shown(folder))
     try:
+        plan = with_sizes(plan, backend)
         _create(folder, plan)
         return _go(plan, backend, folder, _restored(plan, backend, None), console, callbacks)
     finally:
@@ -189,6 +191,8 @@ def _go(
     plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, callbacks: Sequence[Callback]
 ) -> Result:
     console.print(backend.describe(), **_PLAIN)
+    if tried := told(plan):
+        console.print(tried, **_PLAIN)
     blocks = len(plan.blocks(plan.sample_cohort(0)))
     if blocks < backend.simulators:
         console.print(f"only {blocks} of {backend.simulators} simulators have work: lower backend.block_size")
@@ -252,12 +256,8 @@ def output_folder(config: Config) -> Path:
         if config.backend.name == "ray" and config.output.startswith("memory:"):
             raise OutputError("output: memory:// is of one process, and Ray's actors are others; take backend=local")
         return remote.new(config.output)
-    joined = config.backend.address or os.environ.get("RAY_ADDRESS", "")
-    if config.backend.name == "ray" and joined not in ("", "local") and not Path(config.output).is_absolute():
-        raise OutputError(
-            f"output: {config.output or 'runs/…'} is relative, which on the nodes of the cluster {joined} are as many "
-            "folders; give the absolute path of one that all nodes see"
-        )
+    if config.backend.name == "ray":
+        refuse_relative("output", config.output or "runs/…", config.backend)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or f"runs/{stamp}-{config.algorithm.name.rpartition(':')[2]}")
     try:
@@ -273,6 +273,20 @@ def output_folder(config: Config) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"output: {parent} cannot be written to")
     return folder
+
+
+def refuse_relative(key: str, path: str, config: BackendConfig) -> None:
+    """Refuses a path that every node of the cluster that is joined would understand in its own way; ``key``: whose.
+
+    Raises:
+        OutputError: it is relative, and a cluster is joined.
+    """
+    joined = config.address or os.environ.get("RAY_ADDRESS", "")
+    if joined not in ("", "local") and not Path(path).is_absolute():
+        raise OutputError(
+            f"{key}: {path} is relative, which on the nodes of the cluster {joined} are as many folders; give the "
+            "absolute path of one that all nodes see"
+        )
 
 
 def _create(folder: Path, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +107,23 @@ class Simulator:
         total, correct = guarded("evaluate", round, ids, lambda: self._score(ctx, models))
         unknown = {"adapted": np.full(len(ids), np.nan)} if self.unseen else {}
         return {"ids": np.array(ids), "total": total, **unknown, **correct}
+
+    def probe(self, ids: tuple[int, ...], params: Tensor) -> float:
+        """Seconds that a step of local training takes such a block: batch, forward and backward pass.
+
+        Args:
+            ids: C clients; their first batches are taken.
+            params: the row ``[d]`` of all of them.
+        """
+        ctx = self._context(0, ids, "probe")
+        w = params.to(self.model.device)[None].expand(len(ids), -1)
+
+        def step_s() -> float:
+            start = time.perf_counter()
+            float(ctx.grad(w, next(ctx.batches(epochs=1))).sum())  # which waits for a GPU
+            return time.perf_counter() - start
+
+        return min([step_s() for _ in range(3)][1:])  # the first warms up; others can only disturb
 
     def _score(
         self, ctx: LocalContext, models: dict[str, Tensor | Predictor]
