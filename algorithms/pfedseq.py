@@ -19,7 +19,7 @@ abstract fixes. The rest is this project's reading; docs/pfedseq.md has the reas
 - ``mix = 0`` (or ``learner = last``): a client gets its own last residual back. ``gain = 0`` is FedAvg.
 - *Training by replay.* Half of the clients in the history, drawn anew each round, ask with their tokens; the memory
   holds the other half's. The learner descends 1 - cos(answer, the client's next token, or this one while there is no
-  next), all positions in one parallel scan. A client's own tokens are left out: with them in, it learns to copy.
+  next), all positions at once. A client's own tokens are left out: with them in, it learns to copy.
 - *Training by the vector-Jacobian product* (``train = vjp``; the rule of pFedHN, Shamsian et al., ICML 2021): u_i is a
   descent direction of F_i at w_i, so the learner ascends the mean of <c_i, u_i / |u_i|>. No work for clients in either.
 - *The mix* may be learned, one for each bank of parts of one form (``held_out > 0``): a client never trains on a share
@@ -186,12 +186,13 @@ class PFedSeq(Algorithm):
             order = residuals.norm(dim=1).argsort()
             tokens = self._tokens(residuals, new_rows.get("update"))[order]
             server["history"].append(cohort.round, cohort.ids[order], tokens)
-            memory = self._remember(server, tokens)
+            held = server["history"].tokens()
+            memory = self._remember(server, held, tokens)
             seconds = {"learner": time.perf_counter() - start}
             metrics = {
                 **trained,
                 **{f"mix_{b}": float(share) for b, share in enumerate(mix)},
-                **self._attention(server, cohort, self._tokens(residuals, new_rows.get("update"))),
+                **self._attention(server, cohort, held, self._tokens(residuals, new_rows.get("update"))),
                 "calibration_norm": float(calibrations.norm(dim=1).mean()),
                 "residual_norm": float(residuals.norm(dim=1).mean()),
                 "learner_mib": sum(4 * parameter.numel() for parameter in server["calibrator"].parameters()) / 2**20,
@@ -200,10 +201,10 @@ class PFedSeq(Algorithm):
         changed = {"w": server["w"] + mean, "memory": memory, "mix": mix, "metrics": metrics, "seconds": seconds}
         return {**server, **changed}, new_rows
 
-    def _attention(self, server: ServerState, cohort: Cohort, queries: Tensor) -> dict[str, float]:
-        """Shares of the cohort's own and of others' tokens in its answers, by age in rounds."""
+    def _attention(self, server: ServerState, cohort: Cohort, held: Tensor, queries: Tensor) -> dict[str, float]:
+        """Shares of the cohort's own and of others' tokens in its answers, by age in rounds; ``held``: all tokens."""
         history = server["history"]
-        shares = server["calibrator"].attention(history.tokens(), queries)
+        shares = server["calibrator"].attention(held, queries)
         if shares is None or self.config.order == "per_client":
             return {}
         own, age = cohort.ids[:, None] == history.clients(), cohort.round - history.rounds()
@@ -211,12 +212,13 @@ class PFedSeq(Algorithm):
         of["others_4"] = ~own & (age >= 4)
         return {f"attention_{name}": float((shares * mask).sum(1).mean()) for name, mask in of.items()}
 
-    def _remember(self, server: ServerState, tokens: Tensor) -> Memories:
+    def _remember(self, server: ServerState, held: Tensor, new: Tensor) -> Memories:
+        """The memory after all tokens that the history holds; streaming: after the new ones."""
         if self.config.order == "per_client":
             return server["memory"]  # read from the history, client by client, when they are sent something
         if self.config.streaming:
-            return server["calibrator"].remember(tokens, server["memory"])
-        return server["calibrator"].remember(server["history"].tokens())
+            return server["calibrator"].remember(new, server["memory"])
+        return server["calibrator"].remember(held)
 
     def _taught_mix(self, server: ServerState, cohort: Cohort, gradient: Tensor, rows: State) -> Tensor:
         """The mix ``[B]`` of every bank of parts, a step against the gradient of the samples that were held out.
@@ -255,7 +257,7 @@ class PFedSeq(Algorithm):
             positions = torch.arange(sequences.shape[1])
             written, asks, targets = positions >= 0, positions[:-1], positions[1:]
         else:
-            sequences = history.tokens()[None, -most:]
+            sequences = history.tokens(most)[None]
             half = _half(clients, generator)
             written = torch.tensor([client not in half for client in clients])
             asks = (~written).nonzero()[:, 0]

@@ -97,9 +97,9 @@ class History(Journaled):
             kept &= _newer(clients) < self._per_client
         return kept.nonzero()[-self.capacity :, 0]
 
-    def tokens(self) -> Tensor:
-        """All L tokens, ``[L, d] float32``, in time order; a copy."""
-        return self._tokens[self._places].float()
+    def tokens(self, newest: int | None = None) -> Tensor:
+        """All L tokens, or so many of the newest, ``[L, d] float32``, in time order; a copy."""
+        return self._tokens[self._places if newest is None else self._places[-newest:]].float()
 
     def clients(self) -> Tensor:
         """``[L] int64``, whose token each is; a copy."""

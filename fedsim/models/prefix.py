@@ -7,10 +7,6 @@ backbone's values, the images, the input's size and the number type. Nothing her
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from fedsim.config import ModelConfig
 from fedsim.env import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.models.vit import VitModel, as_tensors
+from fedsim.threads import side_by_side
 
 _CHUNK = 128  # images at a time: fixed, so that the values do not depend on the number of threads
 
@@ -58,20 +55,13 @@ def token_file(config: ModelConfig, model: VitModel, weights: str, data: Federat
                     [f"model.cached_prefix: tokens do not fit {config.cached_prefix}; use fp32, or 'off'"]
                 )
 
-        with _one_thread_each() as threads, ThreadPoolExecutor(threads if model.device.type == "cpu" else 1) as pool:
-            list(pool.map(fill, range(0, len(tokens), _CHUNK)))
+        starts = range(0, len(tokens), _CHUNK)
+        if model.device.type == "cpu":
+            side_by_side(fill, starts)
+        else:
+            for start in starts:
+                fill(start)
 
     settings = {key: value for key, value in asdict(config).items() if key != "weights"}
     about = {"model": settings, "weights": weights, "blocks": model.module.prefix, "images": data.image_file.name}
     return cached(folder, f"prefix-{data.image_file.name.split('-')[0]}", about, write)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Many workers of one thread, not one of many: faster, and the number of threads is part of the arithmetic."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield os.cpu_count() or 1
-    finally:
-        torch.set_num_threads(before)

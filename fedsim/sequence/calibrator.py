@@ -15,7 +15,7 @@ from fedsim.sequence.parts import Parts
 Memories = list[dict[str, Any]]
 """For each bank, its ``"memory"``, and the ``"scale"`` by which its tokens were divided."""
 
-MOST_PARTS_LOOKED_AT = 8
+ELEMENTS_LOOKED_AT = 2**11  # of a token, in each bank
 
 
 class Calibrator(nn.Module):
@@ -34,8 +34,8 @@ class Calibrator(nn.Module):
 
     def split(self, tokens: Tensor, parts: Parts | None = None) -> list[Tensor]:
         """``[N, views d]`` to one ``[G, N, views k]`` a bank, of all parts or of these."""
-        rows = [(parts or self.parts).split(view) for view in tokens.chunk(self.views, 1)]
-        return [torch.cat(banks, 2) for banks in zip(*rows, strict=True)]
+        views = [(parts or self.parts).split(view) for view in tokens.chunk(self.views, 1)]
+        return views[0] if self.views == 1 else [torch.cat(banks, 2) for banks in zip(*views, strict=True)]
 
     def remember(self, tokens: Tensor, before: Memories | None = None) -> Memories:
         """The memories after all tokens ``[L, views d]``, or after those before and these."""
@@ -66,7 +66,7 @@ class Calibrator(nn.Module):
         every bank a few parts stand for all: this is for people to look at, and must not cost what the answers cost.
         """
         shares: list[Tensor] = []
-        few = Parts([bank[:: -(-len(bank) // MOST_PARTS_LOOKED_AT)] for bank in self.parts.banks])
+        few = Parts([bank[:: -(-bank.numel() // ELEMENTS_LOOKED_AT)] for bank in self.parts.banks])
         for learner, bank, asked in zip(self.learners, self.split(tokens, few), self.split(query, few), strict=True):
             weights = learner.attention(bank, asked)  # type: ignore[operator]
             if weights is None:
@@ -101,9 +101,11 @@ class Calibrator(nn.Module):
             generator: draws them.
         """
         loss, total = torch.zeros(()), torch.zeros(())
-        for learner, bank in zip(self.learners, self.split(sequences.flatten(0, 1)), strict=True):
-            some = bank[torch.randperm(len(bank), generator=generator)[: max(1, round(share * len(bank)))]]
-            some = some.unflatten(1, sequences.shape[:2]).flatten(0, 1)
+        drawn = [torch.randperm(len(bank), generator=generator)[: max(1, round(share * len(bank)))]
+                 for bank in self.parts.banks]  # fmt: skip
+        chosen = Parts([bank[some] for bank, some in zip(self.parts.banks, drawn, strict=True)])
+        for learner, bank in zip(self.learners, self.split(sequences.flatten(0, 1), chosen), strict=True):
+            some = bank.unflatten(1, sequences.shape[:2]).flatten(0, 1)
             answers = learner(some / _scale(some).clamp(min=1e-12), written)[:, asks]
             asking, target = some[:, asks], some[:, targets]
             weights = target.norm(dim=2) * asking.any(2)
@@ -128,7 +130,7 @@ def _read(learner: nn.Module, bank: dict[str, Any], query: Tensor, each: bool) -
 
 def _scale(tokens: Tensor) -> Tensor:
     """Root mean square of all elements, so that a learner sees numbers of about unit size; 0 without any."""
-    return tokens.square().mean().sqrt() if tokens.numel() else torch.zeros(())
+    return torch.linalg.vector_norm(tokens) / tokens.numel() ** 0.5 if tokens.numel() else torch.zeros(())
 
 
 def _norm(vectors: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class Parts:
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """``[N, d]`` to one ``[G, N, k]`` a bank."""
-        return [rows[:, bank.flatten()].unflatten(1, bank.shape).transpose(0, 1) for bank in self.banks]
+        # index_select: half the time of rows[:, bank].
+        return [rows.index_select(1, bank.flatten()).unflatten(1, bank.shape).transpose(0, 1) for bank in self.banks]
 
     def spread(self, values: Tensor) -> Tensor:
         """One value a bank ``[B]`` to one an element ``[d]``."""
@@ -49,7 +50,7 @@ class Parts:
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """One ``[G, N, k]`` a bank to ``[N, d]``."""
-        return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)[:, self._order]
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1).index_select(1, self._order)
 
 
 def _places(piece: Piece) -> Tensor:

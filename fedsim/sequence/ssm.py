@@ -18,7 +18,8 @@ Deviations from Mamba, and why:
 - B, C and delta are read from a token's direction, x carries its length.
 - A is one number, -1 at first, not ``-(1 .. n)`` for every channel (S4D-real): the entries of a state are here
   directions to look in, not time scales, and all of them are wanted for as long; delta gives every channel its pace.
-  So the last state is one matrix product, ``sum_j (exp(A T_j) delta_j x_j) B_j^T`` with T_j the deltas after token j.
+  So the last state is one matrix product, ``sum_j (exp(A T_j) delta_j x_j) B_j^T`` with T_j the deltas after token j,
+  and all answers in training are one masked product, as long as the tokens fade little; else it is the parallel scan.
 - delta starts equal on all channels, at what gives the asked half-life: unequal gains would turn a token's direction.
 - W_B and W_C start equal and orthonormal: key = query, so what is alike is found before anything is trained.
 - delta has rank ``rank`` (Mamba: d / 16, which would be a k x k / 16 matrix).
@@ -36,8 +37,10 @@ from torch.nn.functional import normalize, pad
 from fedsim.sequence.learner import Learner, Memory
 from fedsim.sequence.scan import selective_scan
 from fedsim.sequence.torch_scan import time_left
+from fedsim.threads import side_by_side
 
 CACHED_ELEMENTS = 2**18  # of one temporary array, of about five
+MOST_FADING = 40.0  # log-decay over all tokens that is still divided by: exp(40) is far from float32's largest
 SAMPLED_CHANNELS = 64  # at least, for the mean fading of a token that `attention` tells
 
 
@@ -83,27 +86,41 @@ class SelectiveSSM(Learner):
 
     def forward(self, tokens: Tensor, written: Tensor) -> Tensor:
         directions = normalize(tokens, dim=-1)
-        # A token that is not written takes no time. Position j reads the state after j - 1: its query, one place up.
-        delta = self.delta(directions) * written[:, None]
-        queries = pad(directions[:, 1:] @ self.W_C, (0, 0, 0, 1))
-        A = -self.A_log.exp().expand(self.width, self.state_size)
-        answers, _ = selective_scan(tokens, delta, A, directions @ self.W_B, queries, budget_mib=self.budget_mib)
+        # A token that is not written takes no time.
+        delta, A = self.delta(directions) * written[:, None], -self.A_log.exp()
+        keys, queries = directions @ self.W_B, directions @ self.W_C
+        faded = (delta * A).cumsum(1)
+        if self._fits(tokens) and -faded[:, -1:].detach().amin() < MOST_FADING:
+            return _all_at_once(tokens, delta, faded, keys, queries)
+        # Position j reads the state after j - 1: its query, one place up.
+        queries = pad(queries[:, 1:], (0, 0, 0, 1))
+        A = A.expand(self.width, self.state_size)
+        answers, _ = selective_scan(tokens, delta, A, keys, queries, budget_mib=self.budget_mib)
         return pad(answers[:, :-1], (0, 0, 1, 0))
+
+    def _fits(self, tokens: Tensor) -> bool:
+        """Whether a weight for every two tokens does, several times over."""
+        weights_mib = 4 * tokens.shape[0] * tokens.shape[1] ** 2 * tokens.element_size() / 2**20
+        return self.budget_mib is None or weights_mib <= self.budget_mib
 
     def remember(self, tokens: Tensor, before: Memory | None = None) -> Memory:
         """The state ``{"h": [S, k, n]}``; with the memory so far, only the new tokens are needed (streaming)."""
         A = -self.A_log.exp()
-        states = []
-        for s, channels in pieces(*tokens.shape):
-            own = tokens[s]
+
+        def states(piece: tuple[slice, list[slice]]) -> Tensor:
+            s, channels = piece
+            own, blocks = tokens[s], []
             directions = normalize(own, dim=-1)
             keys, low = directions @ self.W_B, directions @ self.W_down
             for p in channels:
                 delta = self._delta(low, p)
                 h = (torch.exp(time_left(delta) * A) * delta * own[..., p]).mT @ keys
-                states.append(h if before is None else h + torch.exp(delta.sum(1) * A)[..., None] * before["h"][s, p])
-        blocks = len(channels)
-        return {"h": torch.cat([torch.cat(states[i : i + blocks], 1) for i in range(0, len(states), blocks)])}
+                blocks.append(h if before is None else h + torch.exp(delta.sum(1) * A)[..., None] * before["h"][s, p])
+            return torch.cat(blocks, 1)
+
+        each = list(pieces(*tokens.shape))
+        found = [states(piece) for piece in each] if torch.is_grad_enabled() else side_by_side(states, each)
+        return {"h": torch.cat(found)}
 
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         return normalize(query, dim=-1) @ self.W_C @ memory["h"].mT
@@ -113,6 +130,24 @@ class SelectiveSSM(Learner):
         delta = self._delta(directions @ self.W_down, slice(None, None, max(1, self.width // SAMPLED_CHANNELS)))
         fading = (torch.exp(time_left(delta) * -self.A_log.exp()) * delta).mean(2)
         return (normalize(query, dim=-1) @ self.W_C @ (directions @ self.W_B).mT) * fading[:, None]
+
+
+def _all_at_once(tokens: Tensor, delta: Tensor, faded: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
+    """What position j is answered by the tokens before it, as a masked matrix product: the dual form of Mamba-2.
+
+    ``y_j = exp(a_{j-1}) sum_{i<j} <B_i, C_j> exp(-a_i) delta_i x_i`` with ``a_i`` the log-decay from the start through
+    token i: A is one number, so what is left of a token is a quotient for each channel, whatever the state's size.
+
+    Args:
+        tokens, delta: ``[S, L, k]``.
+        faded: the log-decays ``[S, L, k]``, small enough that no quotient of them overflows.
+        keys, queries: ``[S, L, n]``.
+
+    Returns:
+        ``[S, L, k]``.
+    """
+    weights = (queries @ keys.mT).tril(-1)
+    return torch.exp(pad(faded[:, :-1], (0, 0, 1, 0))) * (weights @ (torch.exp(-faded) * delta * tokens))
 
 
 def pieces(S: int, L: int, k: int) -> Iterator[tuple[slice, list[slice]]]:

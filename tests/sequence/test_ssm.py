@@ -66,6 +66,27 @@ def test_all_positions_of_the_dual_are_the_equations():
     torch.testing.assert_close(learner.remember(x)["h"], h)
 
 
+@pytest.mark.parametrize("half_life", [8.0, 1e-2])
+def test_the_scan_and_the_product_of_all_tokens_are_the_same(monkeypatch, half_life):
+    """Without room for the product, or where a token fades at once, it is the scan."""
+    tokens, found = _tokens(3, 20, 12), []
+    for most, budget in ((ssm.MOST_FADING, None), (-1.0, None), (ssm.MOST_FADING, 1e-6)):
+        monkeypatch.setattr(ssm, "MOST_FADING", most)
+        learner = _learner(half_life=half_life)
+        learner.budget_mib = budget
+        answers = learner(tokens, WRITTEN)
+        answers.square().sum().backward()
+        found.append([answers.detach(), *(p.grad for p in learner.parameters())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    called = []
+    monkeypatch.setattr(ssm, "MOST_FADING", 40.0)
+    monkeypatch.setattr(ssm, "selective_scan", lambda *args, **more: (called.append(1), (args[0], None))[1])
+    _learner(half_life=half_life)(tokens, WRITTEN)
+    assert len(called) == (half_life < 1)  # which scans: 20 half-lives of 0.01 are too many to divide by
+
+
 @BOTH
 def test_a_token_asks_what_was_written_before_it(kind):
     learner, tokens = _learner(kind), _tokens(3, 20, 12)
