@@ -53,6 +53,7 @@ def choose(dataset: str, out: Path, jobs: int) -> None:
     candidates = {
         "-".join([name, *map(str, values)]): (name, dict(zip(grid, map(str, values), strict=True)))
         for name, grid in suite["algorithms"].items()
+        if name in data.get("only", suite["algorithms"])
         for values in itertools.product(*grid.values())
     }
     configs = {

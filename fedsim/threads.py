@@ -1,4 +1,4 @@
-"""Independent pieces of work on all cores of a machine, each on one: the results do not depend on how many there are."""
+"""Independent pieces of work on all cores of a machine, each on one: their number changes no result."""
 
 from __future__ import annotations
 
