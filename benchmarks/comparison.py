@@ -4,6 +4,7 @@
     python benchmarks/comparison.py run comparison_DATASET --out RUNS [--jobs N]
     python benchmarks/comparison.py run comparison_DATASET --out UNSEEN [--jobs N] seed=0 eval.unseen=0.2
     python benchmarks/comparison.py run comparison_DATASET --out COST --jobs 1 seed=0 rounds=5 eval.every=5
+    python benchmarks/comparison.py run comparison_DATASET --out SOON seed=0 rounds=25 eval.every=5 [--only NAME,…]
     python benchmarks/comparison.py table RUNS UNSEEN COST
 
 ``comparison.yaml`` beside this file says on what data, and from which four settings of an algorithm ``choose`` takes
@@ -170,11 +171,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("settings", nargs="*", help="of the runs; for table: UNSEEN COST")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="for run: these algorithms, with commas between them")
     given = parser.parse_intermixed_args(arguments)
     if given.task == "choose":
         choose(given.what, given.out, given.jobs)
     elif given.task == "run":
-        run_all(plan(given.what, given.settings)[1], given.out, given.jobs)
+        only = given.only.split(",") if given.only else []
+        configs = plan(given.what, given.settings)[1]
+        run_all(
+            {name: config for name, config in configs.items() if not only or name.partition("-seed=")[0] in only},
+            given.out,
+            given.jobs,
+        )
     else:
         table(Path(given.what), *map(Path, given.settings))
 
