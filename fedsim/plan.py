@@ -58,6 +58,14 @@ class Plan:
         unseen = np.array(sorted(self.workload.unseen), dtype=np.int64)
         return self.blocks(self.trainable) + (self.blocks(unseen) if len(unseen) else [])
 
+    def describe_blocks(self) -> str:
+        """Number and sizes of the blocks of a round; empty while their size is ``auto``."""
+        if not self.workload.config.backend.block_size:
+            return ""
+        blocks = self.blocks(self.sample_cohort(0))
+        lengths = sorted({len(block) for block in blocks})
+        return f"{len(blocks)} a round, of {' or '.join(map(str, lengths))} clients"
+
     def longest(self, number: int) -> tuple[int, ...]:
         """So many of the clients that train, those with most samples."""
         sizes = self.workload.data.train.sizes[self.trainable]

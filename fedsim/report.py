@@ -35,13 +35,11 @@ def print_plan(config: Config) -> None:
     folder = output_folder(config)
     plan = prepare(config)
     print(yaml.safe_dump(configuration.to_tree(config), sort_keys=False).rstrip())
-    blocks = plan.blocks(plan.sample_cohort(0))
-    lengths = sorted({len(block) for block in blocks})
     print(f"\nplan\n  output        {remote.shown(folder)}")
     data = plan.workload.data
     print(f"  clients       {data.num_clients}, {plan.cohort} a round, {len(data.classes)} classes")
     print(f"  row           {plan.workload.task.layout.size} elements: {plan.workload.task.layout.groups}")
-    print(f"  blocks        {len(blocks)} a round, of {' or '.join(map(str, lengths))} clients")
+    print(f"  blocks        {plan.describe_blocks() or 'of a size that is found by trying before round 1'}")
     simulators = config.backend.simulators or "one a CPU or per_gpu for each GPU"
     print(f"  simulators    {'1, in this process' if config.backend.name == 'local' else simulators}")
     for name, mib in plan.about["memory_mib"].items():

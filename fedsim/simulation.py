@@ -193,6 +193,12 @@ def _go(
     console.print(backend.describe(), **_PLAIN)
     if tried := told(plan):
         console.print(tried, **_PLAIN)
+    config, clients = plan.workload.config, plan.workload.data.num_clients
+    memory_gib = sum(plan.about["memory_mib"].values()) / 1024
+    console.print(
+        f"{config.algorithm.name}: {plan.cohort} of {clients} clients a round, blocks: {plan.describe_blocks()}; "
+        f"{len(plan.params)} numbers a client; at most about {memory_gib:.1f} GiB of memory", **_PLAIN
+    )  # fmt: skip
     blocks = len(plan.blocks(plan.sample_cohort(0)))
     if blocks < backend.simulators:
         console.print(f"only {blocks} of {backend.simulators} simulators have work: lower backend.block_size")

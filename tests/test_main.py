@@ -152,7 +152,7 @@ def test_dry_run_prints_configuration_and_plan_and_writes_nothing(tiny, capsys, 
 
 
 def test_settings_may_stand_on_both_sides_of_an_option(tiny, capsys):
-    assert main([*tiny, "--dry-run", "seed=7"]) == 0
+    assert main([*tiny, "--dry-run", "seed=7", "backend.block_size=auto"]) == 0
     assert "seed: 7" in capsys.readouterr().out
 
 
