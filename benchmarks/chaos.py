@@ -1,12 +1,14 @@
-"""What faults cost: one small run with simulators killed and stopped, a node removed, the driver killed.
+"""What faults cost: one small run with simulators and the server killed and stopped, a node removed, the driver killed.
 
     python benchmarks/chaos.py [--rounds 40 --every 5 --driver-kills 20 --seed 0 --out FILE]
 
 Each row is one run, compared with the same run undisturbed: ``equal`` says whether summary, metrics and clients are the
-same bit for bit, apart from times, memory and the counts of failures. ``injected``: faults; ``recovered``: simulators
-that were replaced (one that is hit while it starts, or after its last block, is in no count), or drivers; a driver's
-run is resumed. ``seconds_lost``: per fault, of wall clock. Blocks are of one client: nothing is halved. The simulators
-stand on two Ray nodes of one CPU each; a removed node does not come back, so half of the room goes with it.
+same bit for bit, apart from times, memory and the counts of failures. ``injected``: faults; ``recovered``: actors that
+were replaced (one that is hit while it starts, or after its last block, is in no count), or drivers; a driver's run is
+resumed. ``seconds_lost``: per fault, of wall clock. Blocks are of one client: nothing is halved. The simulators stand
+on two Ray nodes of one CPU each; a removed node does not come back, so half of the room goes with it. Where memory is
+short, it is taken until Ray's memory monitor kills, as a rule all actors at once. What may end the server waits for a
+new round: a run that is set back four times without one stops.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any
 # A cluster of `cluster_utils` would go without, where there is no token yet; the undisturbed run leaves one.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+import numpy as np
 import psutil
 
 SETTINGS = (
@@ -43,13 +46,14 @@ SETTINGS = (
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 
 
-def simulators() -> list[psutil.Process]:
-    """The simulators' processes among this one's descendants, but for those that were stopped already."""
+def actors(*names: str) -> list[psutil.Process]:
+    """Processes of these actors among this one's descendants, but for those that were stopped already."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            title = " ".join(process.cmdline())
-            if title.startswith("ray::") and "imulator" in title and process.status() != psutil.STATUS_STOPPED:
+            title = " ".join(process.cmdline()).lower()
+            named = title.startswith("ray::") and any(name in title for name in names)
+            if named and process.status() != psutil.STATUS_STOPPED:
                 found.append(process)
         except psutil.Error:  # it ended meanwhile
             continue
@@ -61,32 +65,56 @@ def rounds_done(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+def take_memory() -> None:
+    """Until Ray's memory monitor has killed one of those who are there now, or nearly all is taken."""
+    victims, taken = actors("simulator", "central"), []
+    while not psutil.wait_procs(victims, timeout=0.2)[0] and psutil.virtual_memory().available > 2 << 30:
+        taken.append(np.ones(512 << 20, np.uint8))
+
+
 def on_two_nodes(
-    kind: str, remove: bool, rounds: int, every_s: float, seed: int, folder: Path
+    kind: str, whom: str, remove: bool, rounds: int, every_s: float, seed: int, folder: Path
 ) -> tuple[dict[str, int], float]:
-    """A run whose simulators get a signal now and then; faults that were injected, and the seconds that it took."""
+    """A run some of whose actors get a signal now and then, or have no memory.
+
+    Returns:
+        Faults that were injected, and the seconds that it took.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
     from fedsim.config import load
     from fedsim.simulation import run
 
+    system = dict(HEALTH)
+    if kind == "memory":
+        memory = psutil.virtual_memory()
+        most = 1 - (memory.available - (4 << 30)) / memory.total  # the run itself takes about 2 GiB
+        system |= {"memory_usage_threshold": most, "memory_monitor_refresh_ms": 100}
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH}
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": system}
     )
     node, over, rng = cluster.add_node(num_cpus=1), threading.Event(), random.Random(seed)
-    injected = {"signals": 0, "nodes": 0}
+    injected = {"signals": 0, "nodes": 0, "shortages": 0}
 
     def disturb() -> None:
         while not over.wait(0.2) and not rounds_done(folder):
             pass  # the pool starts undisturbed
+        hit = 0
         while not over.wait(rng.uniform(0.5, 1.5) * every_s):
-            if remove and not injected["nodes"] and rounds_done(folder) >= rounds // 2:
+            done = rounds_done(folder)
+            if remove and not injected["nodes"] and done >= rounds // 2:
                 cluster.remove_node(node, allow_graceful=False)
                 injected["nodes"] = 1
-            elif kind and (targets := simulators()):
+            elif whom != "simulator" and done <= hit:
+                continue
+            elif kind == "memory":
+                take_memory()
+                injected["shortages"] += 1
+            elif kind and (targets := actors(whom)):
                 rng.choice(targets).send_signal(signal.Signals[kind])
                 injected["signals"] += 1
+            hit = done
 
     ray.init(address=cluster.address, logging_level="warning")
     thread, start = threading.Thread(target=disturb), time.perf_counter()
@@ -156,11 +184,14 @@ def main() -> None:
         runs: dict[str, tuple[Any, ...]] = {
             "none, driver apart": (killed_driver, options.rounds, 0, *drivers),
             "driver killed": (killed_driver, options.rounds, options.driver_kills, *drivers),
-            "none, two nodes": (on_two_nodes, "", False, *given),
-            "simulator killed": (on_two_nodes, "SIGKILL", False, *given),
-            "simulator stopped": (on_two_nodes, "SIGSTOP", False, *given),
-            "node removed": (on_two_nodes, "", True, *given),
-            "simulators killed, node removed": (on_two_nodes, "SIGKILL", True, *given),
+            "none, two nodes": (on_two_nodes, "", "", False, *given),
+            "simulator killed": (on_two_nodes, "SIGKILL", "simulator", False, *given),
+            "simulator stopped": (on_two_nodes, "SIGSTOP", "simulator", False, *given),
+            "server killed": (on_two_nodes, "SIGKILL", "central", False, *given),
+            "server stopped": (on_two_nodes, "SIGSTOP", "central", False, *given),
+            "memory short": (on_two_nodes, "memory", "", False, *given),
+            "node removed": (on_two_nodes, "", "", True, *given),
+            "simulators killed, node removed": (on_two_nodes, "SIGKILL", "simulator", True, *given),
         }
         undisturbed_s, expected = 0.0, None
         for fault, (work, *values) in runs.items():
@@ -173,7 +204,7 @@ def main() -> None:
             row = {
                 "fault": fault,
                 "injected": total,
-                "recovered": total if "drivers" in injected else failures["actors_replaced"],
+                "recovered": injected.get("drivers", failures["actors_replaced"] + failures["central_restarted"]),
                 "seconds_lost": round((seconds - undisturbed_s) / max(1, total), 2),
                 "equal": found == expected,
                 "rounds": options.rounds,

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim.errors import DataError
+from fedsim.files import replacing, write_atomically
 
 
 def cached(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path], None], verify: bool = False) -> Path:
@@ -36,20 +36,15 @@ def cached(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path
     array_file, manifest = folder / f"{name}-{key}.npy", folder / f"{name}-{key}.json"
     if _valid(array_file, manifest, about, verify):
         return array_file
-    temporary = folder / f".{name}-{key}.{os.getpid()}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        shape = np.load(temporary, mmap_mode="r").shape
-        facts = {"about": about, "shape": shape, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-        os.replace(temporary, array_file)
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        os.replace(temporary, manifest)
+        with replacing(array_file) as temporary:
+            write(temporary)
+            shape = np.load(temporary, mmap_mode="r").shape
+            facts = {"about": about, "shape": shape, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        write_atomically(manifest, json.dumps(facts, indent=1))
     except OSError as error:
         raise DataError(f"cache {str(folder)!r} cannot be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return array_file
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from fedsim import journal, remote
 from fedsim.errors import CheckpointError
+from fedsim.files import flush as _flush
 from fedsim.journal import Journal, Journaled
 
 FORMAT = 2
@@ -148,16 +149,24 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep``."""
-    for folder in _by_round(checkpoints.glob("round-*"))[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+def prune(checkpoints: Path, keep: int, until: float = math.inf) -> None:
+    """Deletes all but the newest ``keep`` of those ``until`` this round: later ones are of an attempt at these rounds
+    that was given up, damaged or outdated."""
+    found = _by_round(checkpoints.glob("round-*"))
+    kept = [folder for folder in found if _round(folder) <= until][-keep:]
+    for folder in found:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _by_round(folders: Iterable[Path]) -> list[Path]:
     """Oldest first; of one round, what is being replaced comes before its successor."""
-    found = [(re.fullmatch(r"round-(\d+)(\.old)?", folder.name), folder) for folder in folders]
-    return [folder for _, _, folder in sorted((int(m[1]), m[2] is None, folder) for m, folder in found if m)]
+    found = [folder for folder in folders if re.fullmatch(r"round-\d+(\.old)?", folder.name)]
+    return sorted(found, key=lambda folder: (_round(folder), not folder.suffix))
+
+
+def _round(folder: Path) -> int:
+    return int(folder.stem.removeprefix("round-"))
 
 
 def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -196,11 +205,3 @@ def _facts(path: Path, length: int | None = None) -> dict[str, Any]:
             digest.update(chunk)
             left -= len(chunk)
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -157,7 +157,9 @@ class BackendConfig:
         300.0, "seconds that an actor may take to start, and a block while none was timed", low=1
     )
     min_deadline_s: float = setting(
-        60.0, "a block is hung after ten times what the slowest took, but not before so many seconds", low=1
+        60.0,
+        "a block, or a server's step, is hung after ten times what the slowest took, but not before so many seconds",
+        low=1,
     )
     max_attempts: int = setting(3, "how often a client that has a block of its own kills its simulator", low=1)
     on_client_error: str = setting(

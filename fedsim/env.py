@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedsim.errors import ConfigError
+from fedsim.files import replacing
 from fedsim.rng import stream
 
 PARTITION_ARRAYS = ("train_values", "train_offsets", "test_values", "test_offsets", "about")
@@ -151,13 +152,9 @@ def save_partition(
     arrays = dict(zip(PARTITION_ARRAYS, parts, strict=True))
     if labels is not None:
         arrays["labels"] = labels.astype(np.int32)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Opened here: numpy would add .npz to the name.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def saved_about(path: str | Path) -> dict[str, Any]:

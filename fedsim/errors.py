@@ -103,14 +103,14 @@ class DeviceMemoryError(FedsimError):
 
 
 class CentralLostError(FedsimError):
-    """The central actor is gone; the run goes on from the newest checkpoint."""
+    """The central actor died or hangs; the run goes on from the newest checkpoint."""
 
     def __init__(self, round: int, cause: str) -> None:
         super().__init__(round, cause)
         self.round, self.cause = round, cause
 
     def __str__(self) -> str:
-        return f"round {self.round + 1}: the central actor died ({self.cause})"
+        return f"round {self.round + 1}: the central actor is lost ({self.cause})"
 
 
 class NoSimulatorsError(FedsimError):

@@ -25,6 +25,7 @@ from torch import Tensor
 from fedsim import __version__
 from fedsim.backend import LocalBackend
 from fedsim.errors import ConfigError, OutputError
+from fedsim.files import replacing, write_atomically
 from fedsim.layout import Layout
 from fedsim.local import LocalContext
 from fedsim.plan import Plan
@@ -156,12 +157,8 @@ def _about(plan: Plan, backend: LocalBackend, client: int, rounds: int) -> dict[
 
 
 def _save(tensors: dict[str, Tensor], about: dict[str, str], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, about)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _save_for_peft(model: PersonalModel, folder: Path) -> None:
@@ -184,4 +181,4 @@ def _save_for_peft(model: PersonalModel, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     _save({f"base_model.model.{name}": value for name, value in model.tensors.items()}, {"format": "pt"},
           folder / "adapter_model.safetensors")  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -7,8 +7,9 @@ import csv
 import io
 import json
 import logging
-import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 
 from fedsim import checkpoint, remote
 from fedsim.backend import Backend
+from fedsim.errors import OutputError
+from fedsim.files import flush, write_atomically
 from fedsim.metrics import Evaluation, by_client, client_rows, train_loss
 from fedsim.plan import Plan
 from fedsim.simulator import Facts
@@ -87,8 +90,9 @@ def run_rounds(plan: Plan, backend: Backend, folder: Path, trackers: list[Tracke
         backend.failures.updates_skipped = progress.failures.get("updates_skipped", 0) + len(skipped)
         taken = np.setdiff1d(by_client(trained, "ids")[0], skipped)
         _advance(progress, record, taken, evaluated, asdict(backend.failures))
-        for tracker in trackers:
-            tracker.on_round(record, evaluation.accuracy if evaluation else None)
+        with _writing(folder):
+            for tracker in trackers:
+                tracker.on_round(record, evaluation.accuracy if evaluation else None)
         if (round + 1) % config.checkpoint.every == 0 or round + 1 == config.rounds:
             _save(backend, folder, progress, config.checkpoint.keep)
     return progress
@@ -154,13 +158,29 @@ def _advance(
 
 def _save(backend: Backend, folder: Path, progress: Progress, keep: int) -> None:
     start = time.perf_counter()
-    progress.metrics_bytes = (folder / "metrics.jsonl").stat().st_size
+    with _writing(folder):
+        flush(folder / "metrics.jsonl")  # a checkpoint that outlives a loss of power without it would leave a gap
+        progress.metrics_bytes = (folder / "metrics.jsonl").stat().st_size
     checkpoints = folder / "checkpoints"
     backend.save(checkpoint.folder_of(checkpoints, progress.round), progress.facts())
     progress.evaluation_saved = True
-    checkpoint.prune(checkpoints, keep)
+    checkpoint.prune(checkpoints, keep, progress.round)
     remote.push(folder, progress.round, keep)
     progress.seconds["checkpoint"] += time.perf_counter() - start
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tells what cannot be written to the run folder from a mistake in the code.
+
+    Raises:
+        OutputError: with the command that goes on from the last checkpoint.
+    """
+    try:
+        yield
+    except OSError as error:
+        again = f"when it can: python -m fedsim resume {remote.shown(folder)}"
+        raise OutputError(f"{remote.shown(folder)}: cannot be written ({error}); {again}") from None
 
 
 def summarise(plan: Plan, progress: Progress, peak_memory_mib: dict[str, float], status: str) -> dict[str, Any]:
@@ -188,7 +208,11 @@ def summarise(plan: Plan, progress: Progress, peak_memory_mib: dict[str, float],
 
 
 def write_results(folder: Path, plan: Plan, progress: Progress, summary: dict[str, Any]) -> None:
-    """``summary.json`` and ``clients.csv``."""
+    """``summary.json`` and ``clients.csv``.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     quarantined = progress.failures.get("quarantined", [])
     sizes, rounds_taken = plan.workload.data.train.sizes, np.array(progress.rounds_taken)
     rows = client_rows(sizes, rounds_taken, progress.evaluation(), quarantined)
@@ -196,13 +220,6 @@ def write_results(folder: Path, plan: Plan, progress: Progress, summary: dict[st
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "clients.csv", text.getvalue())
-    write_atomically(folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    # A folder's name need not be text: what of it is none is written as \udcff.
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    with _writing(folder):
+        write_atomically(folder / "clients.csv", text.getvalue())
+        write_atomically(folder / "summary.json", json.dumps(finite(summary), indent=2) + "\n")

@@ -34,8 +34,9 @@ from fedsim.errors import (
     NoSimulatorsError,
 )
 from fedsim.simulator import Facts, Workload
-from fedsim.supervisor import Piece, Pool, Slot, Stage
+from fedsim.supervisor import Deadlines, Piece, Pool, Slot, Stage
 from fedsim.tracking.ray_metrics import PoolMetrics, job_metadata
+from fedsim.uri import is_uri
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class RayBackend(Backend):
             self.config, self._namespace, self.config.simulators * self.config.threads, metadata
         )
         self._metrics = PoolMetrics(run)
+        self._deadlines = Deadlines(self.config)
+        self._payloads_since: float | None = None  # simulators wait for the server, and nothing comes
         try:
             self.gpu_fraction, simulators = _size_pool(self.config)
             # Apart: the server needs no weights, and the runs of a sweep share them.
@@ -191,14 +194,11 @@ class RayBackend(Backend):
     def aggregate(self, round: int) -> Facts:
         trained, self._trained = self._trained, []
         while True:
-            results = [piece.result for piece in trained]
+            clients, results = [piece.clients for piece in trained], [piece.result for piece in trained]
             try:
-                return ray.get(self._central.aggregate.remote(round, [piece.clients for piece in trained], *results))
-            except RayError as error:
-                if not _is_fault(error):
-                    raise _own_error(error, "aggregate", round, ()) from None
-                # Only where an argument was lost is it certain that nothing was applied.
-                lost = [piece for piece in trained if not _whole(piece.result)] if _lost_argument(error) else []
+                return self._ask("aggregate", round, self._central.aggregate, round, clients, *results)
+            except RayTaskError as error:  # an argument was lost: so it is certain that nothing was applied
+                lost = [piece for piece in trained if not _whole(piece.result)]
                 if not lost:
                     raise CentralLostError(round, _first_line(error)) from None
             self.failures.blocks_requeued += len(lost)
@@ -209,24 +209,50 @@ class RayBackend(Backend):
         return self._facts(round, self._map("evaluate", round, blocks, self._central.average.remote()))
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        self._ask("save", facts["round"], self._central.save, folder.absolute(), facts)
+        self._ask("save", facts["round"], self._central.save, folder.absolute(), facts, timeout_s=self._network_s())
 
     def load(self, folder: Path) -> dict[str, Any]:
-        return self._ask("load", 0, self._central.load, folder.absolute())
+        # How much there is to read when a run is resumed, nobody knows before.
+        timeout_s = self._network_s() if self.failures.central_restarted else math.inf
+        return self._ask("load", 0, self._central.load, folder.absolute(), timeout_s=timeout_s)
+
+    def _network_s(self) -> float | None:
+        """The deadline of what may go over a network, which is no hang however long it takes; ``None``: the usual."""
+        return math.inf if is_uri(self._folder) else None
 
     def _ask(self, stage: str, round: int, method: Any, *values: Any, timeout_s: float | None = None) -> Any:
+        """The server's answer; ``timeout_s``: instead of the stage's deadline.
+
+        Raises:
+            CentralLostError: it died, or hangs.
+            RayTaskError: one of the values was lost; nothing was done.
+            FedsimError: the algorithm's own code failed.
+        """
+        timeout_s, start = self._deadlines.of(stage) if timeout_s is None else timeout_s, time.monotonic()
         try:
-            return ray.get(method.remote(*values), timeout=timeout_s)
+            answer = ray.get(method.remote(*values), timeout=None if timeout_s == math.inf else timeout_s)
         except RayError as error:
+            if type(error) is GetTimeoutError:
+                raise self._hung(stage, round, timeout_s) from None
+            if _lost_argument(error):
+                raise
             if _is_fault(error):
                 raise CentralLostError(round, _first_line(error)) from None
             raise _own_error(error, stage, round, ()) from None
+        self._deadlines.kept(stage, time.monotonic() - start)
+        return answer
+
+    def _hung(self, stage: str, round: int, after_s: float) -> CentralLostError:
+        self._deadlines.passed(stage)
+        setting = "start_timeout_s" if stage == "start" else "min_deadline_s"
+        return CentralLostError(round, f"no answer to {stage} within {after_s:g} s; see backend.{setting}")
 
     # Blocks --------------------------------------------------------------------------------------------------------
 
     def _map(self, name: str, round: int, blocks: list[Block], *shared: Any) -> list[Piece]:
         """Every block done exactly once, by whichever simulator is free; what is done, in the blocks' order."""
         stage, pool = Stage(name, round, self._spared(blocks), self.config, self.failures), self._pool
+        self._payloads_since = None
         for slot in pool.slots:
             if slot.pieces:  # of a stage that was broken off: nobody waits for them, but the simulator does them first
                 self._ask_whether_ready(slot, time.monotonic())
@@ -252,18 +278,32 @@ class RayBackend(Backend):
         pool = self._pool
         awaited = {ref: slot for slot in pool.slots if (ref := _awaited(slot)) is not None}
         wait_s = pool.wait_s(time.monotonic())
+        self._payloads_since = (self._payloads_since or time.monotonic()) if self._payloads() else None
         if awaited:
             for ref in ray.wait(list(awaited), num_returns=1, timeout=wait_s, fetch_local=False)[0]:
                 self._see(stage, awaited[ref])
         else:
             time.sleep(wait_s)
         now = time.monotonic()
+        self._watch_server(stage.round, now)
         for slot in pool.late(now):
             if not _is_there(_awaited(slot)):
                 self.failures.hangs += slot.state == "living"
                 self._lose(stage, slot, "no answer in time")
         if (alone_s := pool.alone_s(now)) >= self.config.give_up_after_s:
             raise NoSimulatorsError(stage.round, alone_s, self._folder)
+
+    def _watch_server(self, round: int, now: float) -> None:
+        """A payload that does not come is no fault of the simulator that waits for it, but a hang of the server."""
+        deadline_s = self._deadlines.of("broadcast")
+        late = self._payloads_since is not None and now - self._payloads_since >= deadline_s
+        if late and not any(map(_is_there, self._payloads())):
+            raise self._hung("broadcast", round, deadline_s)
+
+    def _payloads(self) -> list[Any]:
+        """References to what simulators wait for to begin."""
+        flights = [slot.pieces[0].flight for slot in self._pool.living if slot.pieces]
+        return [flight.payload for flight in flights if flight.payload is not None]
 
     def _see(self, stage: Stage, slot: Slot) -> None:
         """What this simulator was waited for has come."""
@@ -277,7 +317,11 @@ class RayBackend(Backend):
         piece = slot.pieces[0]
         if piece.flight.payload is not None:
             piece.flight.payload = None  # the object store may drop it after the simulator
-            self._pool.begun(slot, stage.name, self._steps(stage.name, piece.clients), time.monotonic())
+            now = time.monotonic()
+            if self._payloads_since is not None:
+                self._deadlines.kept("broadcast", now - self._payloads_since)
+                self._payloads_since = None
+            self._pool.begun(slot, stage.name, self._steps(stage.name, piece.clients), now)
             return
         try:
             piece.facts = ray.get(piece.flight.facts)

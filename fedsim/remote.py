@@ -32,6 +32,7 @@ from urllib.parse import quote, unquote
 
 from fedsim import uri as at
 from fedsim.errors import OutputError
+from fedsim.files import unfinished
 from fedsim.uri import is_uri
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def _names(folder: Path) -> Iterator[str]:
 def _of_the_driver(names: Iterable[str]) -> list[str]:
     """Those of no checkpoint, not half written, not outside; config.yaml is last: a folder that has it has all."""
     own = [name for name in names if not {"checkpoints", ".."} & {*PurePosixPath(name).parts}]
-    return sorted((name for name in own if not name.endswith(".tmp")), key=lambda name: (name == "config.yaml", name))
+    return sorted((name for name in own if not unfinished(name)), key=lambda name: (name == "config.yaml", name))
 
 
 def _whole(names: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from fedsim.comparison import MEASURES, Row, Task, by_client, over_seeds, shown,
 from fedsim.config import Config
 from fedsim.env import Env
 from fedsim.errors import OutputError
-from fedsim.loop import write_atomically
+from fedsim.files import write_atomically
 from fedsim.plan import prepare
 from fedsim.results import class_counts, find, flat_summary, read
 from fedsim.simulation import output_folder

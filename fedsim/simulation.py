@@ -28,7 +28,8 @@ from fedsim.callbacks import Callback, Called
 from fedsim.config import BackendConfig, Config, load, to_tree
 from fedsim.env import save_partition
 from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError
-from fedsim.loop import Progress, run_rounds, summarise, write_atomically, write_results
+from fedsim.files import write_atomically
+from fedsim.loop import Progress, run_rounds, summarise, write_results
 from fedsim.plan import Plan, prepare
 from fedsim.probe import told, with_sizes
 from fedsim.schema import from_yaml
@@ -117,7 +118,7 @@ def resume(folder: Path | str, console: Console | None = None, callbacks: Sequen
     tracking.refuse_missing(config.tracking)
     newest = _newest(folder, console)
     plan = prepare(config)
-    _refuse_other_inputs(folder, plan)
+    _refuse_other_inputs(folder, plan, console)
     backend = make_backend(plan.workload, plan.params, remote.shown(folder))
     try:
         progress = _restored(plan, backend, newest)
@@ -145,7 +146,7 @@ def restored(folder: Path, console: Console) -> Iterator[tuple[Plan, LocalBacken
         raise CheckpointError(f"{remote.shown(folder)}: the run has no checkpoint yet")
     config = load(folder / "config.yaml")
     plan = prepare(replace(config, backend=replace(config.backend, name="local")))
-    _refuse_other_inputs(folder, plan)
+    _refuse_other_inputs(folder, plan, console)
     backend = LocalBackend(plan.workload, plan.params)
     try:
         yield plan, backend, _restored(plan, backend, newest).round
@@ -223,9 +224,10 @@ def _go(
     except (KeyboardInterrupt, FedsimError) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         progress.failures = asdict(backend.failures)
+        # First: what comes after may fail too, on a disk that is full.
+        console.print(f"{status}; go on with: python -m fedsim resume {remote.shown(folder)}", **_PLAIN)
         write_results(folder, plan, progress, summarise(plan, progress, {}, status))
         remote.finish(folder)
-        console.print(f"{status}; go on with: python -m fedsim resume {remote.shown(folder)}", **_PLAIN)
         raise
     summary = summarise(plan, progress, backend.peak_memory_mib(), "finished")
     write_results(folder, plan, progress, summary)
@@ -296,6 +298,19 @@ def refuse_relative(key: str, path: str, config: BackendConfig) -> None:
 
 
 def _create(folder: Path, plan: Plan) -> None:
+    """A run folder in which nothing has been played yet.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        _write_inputs(folder, plan)
+    except OSError as error:
+        raise OutputError(f"output: {remote.shown(folder)} cannot be written ({error})") from None
+    remote.push(folder)
+
+
+def _write_inputs(folder: Path, plan: Plan) -> None:
     (folder / "checkpoints").mkdir(parents=True)
     # Without its own output, so that the file runs again as it is.
     tree = to_tree(replace(plan.workload.config, output=""))
@@ -303,16 +318,29 @@ def _create(folder: Path, plan: Plan) -> None:
     data = plan.workload.data
     save_partition(folder / "partition.npz", data.train, data.test, data.about, data.labels)
     write_atomically(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False))
-    remote.push(folder)
 
 
-def _refuse_other_inputs(folder: Path, plan: Plan) -> None:
-    """A run goes on only over the data and the backbone that it began with."""
+def _refuse_other_inputs(folder: Path, plan: Plan, console: Console) -> None:
+    """A run goes on only over the data and the backbone that it began with; other versions are told.
+
+    Raises:
+        CheckpointError: these are others; with the first difference.
+    """
     before = from_yaml((folder / "config.yaml").read_text(encoding="utf-8")).get("about")
     before = before if isinstance(before, dict) else {}
     for name, what in (("data", "env's data are"), ("backbone", "backbone is"), ("row", "adapters' layout is")):
-        if before.get(name) != json.loads(json.dumps(plan.about[name])):
-            raise CheckpointError(f"{folder}: the {what} not what the run began with (config.yaml, about.{name})")
+        if found := _difference(f"about.{name}", before.get(name), json.loads(json.dumps(plan.about[name]))):
+            raise CheckpointError(f"{folder}: the {what} not what the run began with (config.yaml, {found})")
+    if found := _difference("about.versions", before.get("versions"), versions()):
+        console.print(f"the run began with other versions, results may differ in their last digits ({found})", **_PLAIN)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """The first value in which two trees differ, by its name; empty: there is none."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = (_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in dict.fromkeys([*before, *now]))
+        return next(filter(None, parts), "")
+    return "" if before == now else f"{name}: {str(before)[:80]} then, {str(now)[:80]} now"
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ class Failures:
         actors_replaced: simulators that died or hung.
         hangs: those of them that hung.
         blocks_requeued, blocks_halved: how often that was done.
-        central_restarted: how often the server's actor was lost, and went on from a checkpoint.
+        central_restarted: how often the server's actor died or hung, and the run went on from a checkpoint.
         updates_skipped: updates that were left out of their rounds, not being finite.
         clients_quarantined: how many clients the run goes on without.
         quarantined: their ids.
@@ -252,14 +252,39 @@ class Pool:
         return now - self._last_lived
 
 
+class Deadlines:
+    """How long the server may take for each stage: as simulators for their blocks, every stage being of one step.
+
+    A stage under which it hung has twice as long when it is repeated. So what merely takes long is done in the end.
+    """
+
+    def __init__(self, config: BackendConfig) -> None:
+        self._config = config
+        self._slowest_s: dict[str, float] = {}
+        self._hangs: Counter[str] = Counter()
+
+    def of(self, stage: str) -> float:
+        """Seconds after which it counts as hung."""
+        return deadline_s(self._config, 1, self._slowest_s.get(stage), self._hangs[stage])
+
+    def kept(self, stage: str, took_s: float) -> None:
+        """It answered in this time."""
+        self._slowest_s[stage] = max(self._slowest_s.get(stage, 0.0), took_s)
+        self._hangs[stage] = 0
+
+    def passed(self, stage: str) -> None:
+        """It hung."""
+        self._hangs[stage] += 1
+
+
 def deadline_s(config: BackendConfig, steps: int, slowest_s: float | None, failures: int = 0) -> float:
-    """Seconds after which a block counts as hung; each time that it failed doubles them.
+    """Seconds after which a block, or a stage of the server, counts as hung; each time that it failed doubles them.
 
     Args:
         config: with the least deadline, and the one that holds while nothing is measured (``start_timeout_s``).
         steps: batches of the block's longest client.
-        slowest_s: seconds per step of the slowest block so far; ``None``: there was none.
-        failures: how often the block failed.
+        slowest_s: seconds per step of the slowest one so far; ``None``: there was none.
+        failures: how often it failed.
     """
     usual_s = config.start_timeout_s if slowest_s is None else MARGIN * slowest_s * steps
     return float(max(config.min_deadline_s, usual_s) * 2**failures)

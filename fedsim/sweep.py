@@ -35,13 +35,14 @@ from fedsim.callbacks import Callback
 from fedsim.comparison import shown
 from fedsim.config import Config
 from fedsim.errors import ConfigError, FedsimError, OutputError
+from fedsim.files import write_atomically
 from fedsim.grid import Run, Settings, Sweep, load
-from fedsim.loop import write_atomically
 from fedsim.ray_backend import connect, gpu_fraction
 from fedsim.report import report, seeds_table, write_results
 from fedsim.results import flat, flat_summary
-from fedsim.simulation import resume, run, terminate_as_interrupt
+from fedsim.simulation import refuse_relative, resume, run, terminate_as_interrupt
 from fedsim.tracking import Record
+from fedsim.uri import is_uri
 
 LOCK = ".lock"
 RETRIES = 2  # of a run whose process died
@@ -69,12 +70,15 @@ def run_sweep(
         early_stop: stop runs whose accuracy falls behind that of others after as many rounds (ASHA).
 
     Raises:
-        OutputError: ``out`` is of something else, or in use, or cannot be written.
+        OutputError: ``out`` is of something else, in use, a URI, relative on a cluster, or cannot be written.
         ConfigError: ``out`` holds runs of another configuration, or early stopping would look at the test split.
     """
     if early_stop and not all(config.eval.validation for config in configs.values()):
         raise ConfigError(["--early-stop: would choose by the test split; set eval.validation=0.2"])
     runs = sweep.runs()
+    if is_uri(out.as_posix().replace(":/", "://", 1)):
+        raise OutputError("--out: a URI; the runs of a sweep need a folder, which all nodes see")
+    refuse_relative("--out", str(out), next(iter(configs.values())).backend)
     _refuse_other(out, sweep, configs)
     with _alone(out):
         write_atomically(out / "sweep.yaml", f"# {again}\n{sweep.to_yaml()}")
@@ -202,12 +206,24 @@ class Board(tune.Callback):
         if self._live:
             self._live.update(self._table(trials), refresh=True)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._log_death(trial)
+        _say(self._console, f"{trial.config['run']}: its process died, see its log; another one goes on in its place")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._log_death(trial)
         self._end(trial.config["run"], "its process died; see its log")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["run"]
         self._end(name, self._last.get(name, {}).get("error", ""))
+
+    def _log_death(self, trial: Any) -> None:
+        """Into the run's log, what its process could not write: that it died, and what Ray knows of it."""
+        all_told = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        told = all_told.rpartition("Failure # ")[2].partition("\n")[2]
+        with (self._out / f"{trial.config['run']}.log").open("a", encoding="utf-8") as log:
+            log.write(f"fedsim: the process of this run died\n{told}")
 
     def _end(self, name: str, error: str) -> None:
         self._ended += 1

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_folders import results
 
 from fedsim.checkpoint import folder_of, load, newest, prune, save
+from fedsim.config import Config
 from fedsim.errors import CheckpointError
+from fedsim.simulation import resume, run
 
 FILES = ("state.safetensors", "state.json", "changes.journal", "manifest.json")
 
@@ -223,6 +229,38 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_no_hindrance(tmp_path: Pat
     written(tmp_path, 2)
     assert newest(tmp_path) == (tmp_path / "round-00002", [])
     assert not (tmp_path / "round-00002.tmp").exists()
+
+
+def test_what_was_just_written_stays_and_later_ones_go_whatever_they_hold(tmp_path: Path) -> None:
+    """The run went back to round 4, and wrote 5 anew."""
+    written(tmp_path, 4, 6, 8)
+    truncate(tmp_path / "round-00006" / "state.json")
+    (five,) = written(tmp_path, 5)
+    prune(tmp_path, 1, until=5)
+    assert list(tmp_path.iterdir()) == [five] and newest(tmp_path) == (five, [])
+
+
+def test_a_checkpoint_that_was_written_elsewhere_is_not_missed(tmp_path: Path) -> None:
+    """The central actor's machine has round 5; of the driver's folder, the newest two stay."""
+    written(tmp_path, 2, 3, 4, 7)
+    prune(tmp_path, 2, until=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00003", "round-00004"]
+
+
+def test_a_run_that_went_back_past_damaged_checkpoints_ends_with_its_own(
+    tiny_config: Callable[..., Config], tmp_path: Path, stopped_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    settings = ["rounds=3", "checkpoint.keep=1"]
+    run(tiny_config(*settings, f"output={tmp_path / 'undisturbed'}"))
+    with stopped_after(1):
+        run(tiny_config(*settings, f"output={tmp_path / 'run'}"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for later in (2, 9):
+        shutil.copytree(folder_of(checkpoints, 1), folder_of(checkpoints, later))
+        truncate(folder_of(checkpoints, later) / "state.safetensors")
+    resume(tmp_path / "run")
+    assert newest(checkpoints) == (folder_of(checkpoints, 3), [])
+    assert results(tmp_path / "run") == results(tmp_path / "undisturbed")
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:

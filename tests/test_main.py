@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -170,7 +171,17 @@ def test_resume_over_another_backbone_is_refused(tiny, capsys, tmp_path):
     assert main([*tiny, f"model.weights={weights}"]) == 0
     save_file({name: value + 1 for name, value in backbone.state_dict().items()}, weights)
     (line,) = refused(["resume", str(tmp_path / "run")], capsys, tmp_path)
-    assert "the backbone is not what the run began with" in line
+    assert "the backbone is not what the run began with (config.yaml, about.backbone.sha256: " in line
+
+
+def test_resume_with_other_versions_goes_on_and_tells(tiny, capsys, tmp_path):
+    assert main(tiny) == 0
+    file, torch = tmp_path / "run" / "config.yaml", f"torch: {version('torch')}"
+    text = file.read_text()
+    assert torch in text
+    file.write_text(text.replace(torch, "torch: 0.0.1"))
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert f"(about.versions.torch: 0.0.1 then, {version('torch')} now)" in capsys.readouterr().out
 
 
 def test_a_run_leaves_the_folder_of_the_design(tiny, capsys, tmp_path):

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import ray
 from conftest import TINY
+from ray.exceptions import GetTimeoutError, OutOfMemoryError
 
 from fedsim.__main__ import main
 from fedsim.actors import Weights, put_frozen
+from fedsim.backend import Backend
 from fedsim.config import BackendConfig
-from fedsim.errors import ConfigError
-from fedsim.plan import prepare
+from fedsim.errors import CentralLostError, ConfigError
+from fedsim.plan import Plan, prepare
 from fedsim.ray_backend import RayBackend
 from fedsim.simulation import resume, run
+from fedsim.supervisor import Deadlines, Failures, Pool, Stage
 
 
 def test_a_whole_run_on_ray_leaves_nothing_running(tmp_path, capsys):
@@ -57,6 +60,71 @@ def test_defaults_are_those_of_the_design():
     config = BackendConfig()
     assert (config.name, config.simulators, config.max_attempts) == ("ray", 0, 3)
     assert (config.on_client_error, config.give_up_after_s) == ("raise", 600)
+
+
+@pytest.fixture
+def bare(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> RayBackend:
+    """A back end whose actors are nobody: what it makes of what happens to them is its own."""
+    backend = object.__new__(RayBackend)
+    Backend.__init__(backend)
+    backend.config, backend._work, backend._folder = BackendConfig(), tiny_plan.workload, "runs/one"
+    backend._deadlines, backend._pool = Deadlines(backend.config), Pool(backend.config, 1)
+    backend._central = Nobody()
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(backend, "_start_due", lambda now: None)
+    return backend
+
+
+class Nobody:
+    """Any method of it is one that is never done."""
+
+    def __getattr__(self, name: str) -> Nobody:
+        return self
+
+    def remote(self, *values: object) -> Nobody:
+        return self
+
+
+def test_a_server_that_does_not_answer_is_lost_after_its_deadline(bare, monkeypatch, tmp_path):
+    def get(reference: Nobody, timeout: float) -> None:
+        raise GetTimeoutError("some object(s) not ready")
+
+    monkeypatch.setattr(ray, "get", get)
+    bare._trained = []
+    for seconds in (300, 600):  # it hung, so it has more time then
+        told = rf"round 3: the central actor is lost \(no answer to aggregate within {seconds} s; see backend.min_dea"
+        with pytest.raises(CentralLostError, match=told):
+            bare.aggregate(2)
+    bare._deadlines.kept("save", 7)
+    with pytest.raises(CentralLostError, match=r"no answer to save within 70 s"):
+        bare.save(tmp_path, {"round": 3})
+
+
+def test_what_a_resumed_run_reads_and_what_goes_over_a_network_takes_as_long_as_it_takes(bare, monkeypatch, tmp_path):
+    waited: list[float | None] = []
+    monkeypatch.setattr(ray, "get", lambda reference, timeout: waited.append(timeout))
+    bare.load(tmp_path)
+    bare.failures.central_restarted = 1
+    bare.load(tmp_path)
+    bare._folder = "s3://bucket/run"
+    bare.load(tmp_path)
+    bare.save(tmp_path, {"round": 3})
+    assert waited == [None, 60, None, None]  # the second load is one that was timed
+
+
+def test_a_simulator_that_was_killed_for_memory_is_a_fault_and_no_error_of_the_users(bare, monkeypatch):
+    stage = Stage("train", 0, [(4, 5, 6, 7), (1,)], bare.config, bare.failures)
+    monkeypatch.setattr(ray, "get", lambda reference, timeout: 4711)  # the server lives
+    (slot,) = bare._pool.slots
+    for _ in range(2):
+        bare._pool.starting(slot, 0.0)
+        bare._pool.ready(slot)
+        piece = stage.waiting.popleft()
+        slot.pieces.append(piece)
+        # As Ray 2.60 raises it: of a task or of an actor, and several lines long.
+        bare._see_fault(stage, slot, piece, OutOfMemoryError("3 worker(s) were killed due to …\nOOM kill reason: …"))
+    assert [piece.clients for piece in stage.waiting] == [(4, 5), (6, 7), (1,)]
+    assert bare.failures == Failures(actors_replaced=2, blocks_requeued=1, blocks_halved=1)
 
 
 def test_the_runs_of_a_sweep_share_frozen_weights(cluster):

@@ -7,7 +7,7 @@ import pytest
 
 from fedsim.config import BackendConfig
 from fedsim.errors import BlockFailedError
-from fedsim.supervisor import Failures, Piece, Pool, Slot, Stage, deadline_s
+from fedsim.supervisor import Deadlines, Failures, Piece, Pool, Slot, Stage, deadline_s
 
 QUARANTINE = BackendConfig(on_client_error="quarantine")
 
@@ -117,6 +117,25 @@ def test_each_failure_of_a_block_doubles_its_deadline():
     config = BackendConfig(min_deadline_s=60)
     assert [deadline_s(config, 4, 2.5, failures) for failures in range(3)] == [100, 200, 400]
     assert deadline_s(config, 4, 0.01, failures=1) == 120
+
+
+def test_the_servers_stages_have_deadlines_like_blocks_of_one_step():
+    deadlines = Deadlines(BackendConfig(min_deadline_s=60, start_timeout_s=300))
+    assert deadlines.of("aggregate") == 300  # nothing was measured
+    for took_s, then in ((0.5, 60), (8.0, 80), (1.0, 80)):  # the slowest counts
+        deadlines.kept("aggregate", took_s)
+        assert deadlines.of("aggregate") == then
+    assert deadlines.of("save") == 300
+
+
+def test_a_stage_under_which_the_server_hung_has_twice_as_long_until_it_answers():
+    deadlines = Deadlines(BackendConfig(min_deadline_s=60, start_timeout_s=300))
+    for expected in (300, 600, 1200):
+        assert deadlines.of("aggregate") == expected
+        deadlines.passed("aggregate")
+    assert deadlines.of("broadcast") == 300
+    deadlines.kept("aggregate", 1.0)
+    assert deadlines.of("aggregate") == 60
 
 
 def pool_of(simulators: int, **settings: float) -> Pool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from fedsim.config import Choice, ModelConfig
 from fedsim.env import Env
 from fedsim.errors import WeightsError, own_code
+from fedsim.files import replacing, write_atomically
 from fedsim.models.vit import Pixels, checksum, create_backbone, filled, frozen_arrays
 from fedsim.rng import stream
 
@@ -79,10 +79,10 @@ def _verified(path: Path) -> bool:
 
 def _store(state: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(state, temporary)
-    path.with_suffix(".sha256").write_text(hashlib.sha256(temporary.read_bytes()).hexdigest(), encoding="ascii")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(state, temporary)
+        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    write_atomically(path.with_suffix(".sha256"), digest)
 
 
 def _pretrain(model: ModelConfig, images: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
