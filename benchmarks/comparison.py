@@ -144,7 +144,9 @@ def table(runs: Path, unseen: Path, cost: Path) -> None:
 
 def over_seeds(summaries: list[dict[str, Any]], key: str) -> tuple[float, float]:
     """Mean and standard deviation over runs; NaN where there is no such model."""
-    values = [math.nan if summary["accuracy"][key] is None else summary["accuracy"][key] for summary in summaries]
+    values = [summary["accuracy"][key] for summary in summaries]
+    if None in values:
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 

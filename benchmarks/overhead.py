@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -22,52 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from torch import Tensor, nn
+from machine import append, machine
+from peer_work import adapted_vit, pixels, trained
 from torch.nn import functional as F
 
 IMAGES, BATCH, WIDTH, CLASSES = 64, 16, 8, 10
 
 
-class BareAdapter(nn.Module):
-    """A block's MLP and a bottleneck after it."""
-
-    def __init__(self, mlp: nn.Module, dim: int) -> None:
-        super().__init__()
-        self.mlp, self.down, self.up = mlp, nn.Linear(dim, WIDTH), nn.Linear(WIDTH, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.mlp(x)
-        return h + self.up(F.gelu(self.down(h)))
-
-
-def bare_model(name: str, img_size: int) -> nn.Module:
-    model: Any = timm.create_model(name, img_size=img_size, num_classes=CLASSES).requires_grad_(False)
-    for block in model.blocks:
-        block.mlp = BareAdapter(block.mlp, model.embed_dim)
-        for part in (block.mlp.down, block.mlp.up):
-            part.requires_grad_(True)
-    model.head.requires_grad_(True)
-    return model.eval()
-
-
 def bare_process(pipe: Connection, name: str, img_size: int) -> None:
     """Trains as many clients as it is told, one after another, each from the same start."""
     torch.set_num_threads(1)
-    rng, model = np.random.default_rng(0), bare_model(name, img_size)
+    rng, model = np.random.default_rng(0), adapted_vit(name, img_size, CLASSES, WIDTH)
     images = rng.integers(0, 256, (IMAGES, 3, img_size, img_size), dtype=np.uint8)
     labels = torch.from_numpy(rng.integers(0, CLASSES, IMAGES))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained]
+    parameters = list(trained(model).values())
+    start = [parameter.detach().clone() for parameter in parameters]
     while clients := pipe.recv():
         for _ in range(clients):
             with torch.no_grad():
-                for parameter, value in zip(trained, start, strict=True):
+                for parameter, value in zip(parameters, start, strict=True):
                     parameter.copy_(value)
-            optimizer = torch.optim.SGD(trained, lr=0.05)
+            optimizer = torch.optim.SGD(parameters, lr=0.05)
             for chosen in rng.permutation(IMAGES).reshape(-1, BATCH):
-                batch = torch.from_numpy(images[chosen]).float().div_(127.5).sub_(1)
+                batch = pixels(torch.from_numpy(images[chosen]))
                 loss = F.cross_entropy(model(batch), labels[chosen])
                 optimizer.zero_grad()
                 loss.backward()
@@ -139,12 +116,10 @@ def main() -> None:
         "bare_updates_per_second": statistics.median(theirs for _, theirs in pairs),
         "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
         "repeats": options.repeats, "processes": options.processes, "torch": torch.__version__,
-        "machine": f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores",
+        "machine": machine(),
     }  # fmt: skip
     print(json.dumps(row, indent=2))
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    append(row, options.out)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import append, machine
 from torch import Tensor
 
 from fedsim.algorithm import State
@@ -128,7 +127,7 @@ def measure(populations: list[int], cohort: int, dim: int, options: argparse.Nam
             "seconds_max": max(seconds), "ratio": statistics.median(seconds) / first,
             **{f"{stage}_seconds": statistics.median(one[stage] for one in stages) for stage in STAGES},
             "backend": options.backend, "simulators": run.backend.simulators, "repeats": options.repeats,
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", **versions(),
+            "machine": machine(), **versions(),
         })  # fmt: skip
     return rows
 
@@ -158,9 +157,7 @@ def main() -> None:
         for row in measure(populations, cohort, dim, options):
             shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
             print(json.dumps(shown), flush=True)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            append(row, options.out)
 
 
 if __name__ == "__main__":

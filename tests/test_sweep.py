@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -13,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY
+from rich.console import Console
+from run_folders import results
 
 from fedsim import sweep as sweeping
 from fedsim.__main__ import main
+from fedsim.config import load
 from fedsim.errors import ConfigError
 from fedsim.grid import SWEEPS, plan, split
 
@@ -181,6 +186,7 @@ def test_all_mistakes_are_reported_at_once_and_once(capsys, tmp_path, monkeypatc
         (["seed=0,1", "--jobs", "0"], "--jobs: 0 is below 1"),
         (["seed=0,1", "--out", "."], "--out: . exists and is not the folder of a sweep"),
         (["seed=0,1", "--out", "file/sweep"], "--out: file/sweep cannot be written to"),
+        (["seed=0,1", "--out", "s3://bucket/sweep"], "--out: a URI; the runs of a sweep need a folder"),
     ],
 )
 def test_other_mistakes_cost_one_line(capsys, tmp_path, monkeypatch, arguments, start):
@@ -366,7 +372,7 @@ def test_resume_takes_the_folder_and_nothing_else(tmp_path, capsys):
 
 class Trial:
     def __init__(self, name: str) -> None:
-        self.config, self.status = {"run": name}, "RUNNING"
+        self.config, self.status, self.error_file = {"run": name}, "RUNNING", None
 
 
 def test_a_run_that_was_stopped_early_is_told_of_and_not_begun_again(tmp_path, capsys, monkeypatch):
@@ -392,6 +398,27 @@ def test_a_run_that_was_stopped_early_is_told_of_and_not_begun_again(tmp_path, c
     assert seen == ["seed=1"]
 
 
+def test_a_person_at_a_terminal_sees_the_runs_that_go_on(tmp_path):
+    screen, trial = io.StringIO(), Trial("seed=1")
+    board = sweeping.Board(plan(None, ["seed=0,1"])[0].runs(), tmp_path, Console(file=screen, force_terminal=True))
+    board.on_trial_result(1, [Trial("seed=0"), trial], trial, {"round": 3, "accuracy": 0.25})
+    board.close()
+    assert re.search(r"seed=1 +3 +0\.250", screen.getvalue())
+    assert "seed=0" not in screen.getvalue()  # it has told nothing yet
+
+
+def test_a_run_reserves_a_place_for_each_of_its_simulators(monkeypatch):
+    def bundles(*settings: str) -> list[dict[str, float]]:
+        return sweeping._resources(load(None, [*TINY, "backend.threads=3", *settings])).bundles
+
+    on_ray = ("backend=ray", "backend.simulators=2")
+    monkeypatch.setattr(sweeping, "gpu_fraction", lambda backend: 0.0)
+    assert bundles(*on_ray) == [{"CPU": 3}, {"CPU": 3}]
+    assert bundles() == [{"CPU": 3}]
+    monkeypatch.setattr(sweeping, "gpu_fraction", lambda backend: 0.25)
+    assert bundles(*on_ray) == [{"GPU": 0.25}, {"GPU": 0.25}]
+
+
 def test_a_picture_for_each_key_of_numbers(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "report").mkdir()
@@ -403,3 +430,109 @@ def test_a_picture_for_each_key_of_numbers(tmp_path):
     sweeping._draw(sweep, rows, tmp_path / "report")
     assert [file.name for file in (tmp_path / "report").iterdir()] == ["sweep-cohort.png"]
     assert (tmp_path / "report" / "sweep-cohort.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Runs in processes of their own --------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsim.algorithms.fedavg import FedAvg
+
+
+class Killed(FedAvg):
+    '''FedAvg whose process is killed in round 2, the first so many times; a file remembers each.'''
+
+    @dataclass(frozen=True)
+    class Config:
+        folder: str = ""
+        deaths: int = 0
+
+    def aggregate(self, server, cohort, update, rows):
+        died = len(list(Path(self.config.folder).glob(f"of-{self.config.deaths}-*")))
+        if cohort.round == 1 and died < self.config.deaths:
+            Path(self.config.folder, f"of-{self.config.deaths}-{died + 1}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().aggregate(server, cohort, update, rows)
+"""
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint_and_one_that_always_is_does_not_stop_the_others(
+    tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "killed.py").write_text(KILLED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["algorithm=killed:Killed", f"algorithm.folder={tmp_path}", "algorithm.deaths=0,1,9"]
+    settings = [*TINY, "rounds=3", "backend.dashboard=false", *own]
+    assert main(["sweep", *settings, "--out", "out", "--jobs", "2"]) == 1
+
+    assert sorted(path.name for path in tmp_path.glob("of-*")) == ["of-1-1", *(f"of-9-{death}" for death in (1, 2, 3))]
+    assert results(tmp_path / "out" / "deaths=1") == results(tmp_path / "out" / "deaths=0")
+    for name, died, resumed in (("deaths=0", 0, 0), ("deaths=1", 1, 1), ("deaths=9", 3, 2)):
+        log = (tmp_path / "out" / f"{name}.log").read_text()
+        assert log.count("fedsim: the process of this run died\nThe actor died unexpectedly") == died
+        assert log.count(f"{name} after round 1 of 3") == log.count("resuming") == resumed
+
+    assert [row["status"] for row in rows(tmp_path / "out" / "results.csv")] == ["finished"] * 2 + ["unfinished"]
+    assert [row["runs"] for row in rows(tmp_path / "out" / "table.csv")] == ["deaths=0", "deaths=1"]
+    printed = capsys.readouterr().out.splitlines()
+    died = "its process died, see its log; another one goes on in its place"
+    assert [printed.count(f"deaths={deaths}: {died}") for deaths in (0, 1, 9)] == [0, 1, 2]
+    assert sum(line.endswith("/3  deaths=9  failed") for line in printed) == 1
+    assert "failed: deaths=9 (its process died; see its log)" in printed
+    assert printed[-1].endswith("; try again with: python -m fedsim sweep --resume out --jobs 2")
+
+
+RIGHT = """
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from torch.nn.functional import one_hot
+
+from fedsim.algorithms.fedavg import FedAvg
+
+
+class Right(FedAvg):
+    '''FedAvg that predicts what is right, or what is not; files say which process of which group trained clients.'''
+
+    @dataclass(frozen=True)
+    class Config:
+        folder: str = ""
+        right: bool = True
+
+    def local_update(self, payload, rows, ctx):
+        group = ray.util.get_current_placement_group().id.hex()
+        Path(self.config.folder, f"{self.config.right}-{group}-{os.getpid()}").touch()
+        return super().local_update(payload, rows, ctx)
+
+    def personalise(self, payload, rows, ctx):
+        return lambda batch: one_hot((batch.labels + (not self.config.right)) % 6, 6).float()
+"""
+
+
+def test_each_run_has_simulators_of_its_own_and_one_that_falls_behind_is_stopped(tmp_path, capsys, monkeypatch):
+    (tmp_path / "right.py").write_text(RIGHT)
+    (tmp_path / "trained").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["algorithm=right:Right", f"algorithm.folder={tmp_path / 'trained'}", "algorithm.right=true,false"]
+    on_ray = ["backend=ray", "backend.simulators=1", "backend.dashboard=false", "backend.block_size=2"]
+    settings = [*TINY, *on_ray, "eval.validation=0.2", "rounds=9", *own]
+    assert main(["sweep", *settings, "--early-stop", "--jobs", "1", "--out", "out"]) == 0
+
+    finished, stopped = tmp_path / "out" / "right=true", tmp_path / "out" / "right=false"
+    assert summary_of(finished)["accuracy"]["mean"] == 1.0
+    assert (stopped / sweeping.STOPPED).read_text() == "1\n"
+    assert not (stopped / "summary.json").exists()
+    trained = [file.name.split("-") for file in (tmp_path / "trained").iterdir()]
+    assert sorted(right for right, _, _ in trained) == ["False", "True"]  # one simulator each
+    assert len({group for _, group, _ in trained}) == len({process for _, _, process in trained}) == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("1/2  right=true  accuracy 1.000  ")
+    assert printed[2] == "2/2  right=false  accuracy 0.000  stopped after round 1"
+    assert printed[-1] == "results.csv, table.csv and the page report/index.html in out"
