@@ -30,7 +30,7 @@ from fedsim.models.lean import without_compiler
 
 with without_compiler():
     import timm
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
 EXTRA = ("adapter.personal", "head.personal")
 """Groups that an algorithm may add to the row (``Algorithm.extra``)."""
@@ -87,9 +87,23 @@ class AdaptedVit(nn.Module):
 
     def forward(self, tokens: Tensor, pooled: bool) -> Tensor:
         """Tokens ``[C, b, T, k]`` to features ``[C, b, k]`` (``pooled``) or logits ``[C, b, classes]``."""
-        last = self.backbone.norm(self.backbone.blocks[self.prefix :](tokens.flatten(0, 1)))
+        last = self.backbone.norm(self._blocks(tokens.flatten(0, 1)))
         features = self.backbone.forward_head(last, pre_logits=True).unflatten(0, tokens.shape[:2])
         return features if pooled else self.head(features)
+
+    def _blocks(self, tokens: Tensor) -> Tensor:
+        """``[N, T, k]`` through the blocks with adapters: all tokens, or only the first where no other is pooled."""
+        blocks = self.backbone.blocks[self.prefix :]
+        if not len(blocks) or not self._pools_the_first(blocks[-1]):
+            return blocks(tokens)
+        x, last = blocks[:-1](tokens), blocks[-1]
+        x = x + last.drop_path1(last.ls1(last.attn(last.norm1(x))))
+        x = x[:, :1]  # the last MLP, two thirds of the block, has nothing to do with the others
+        return x + last.drop_path2(last.ls2(last.mlp(last.norm2(x))))
+
+    def _pools_the_first(self, last: nn.Module) -> bool:
+        """Whether the features are the class token's, and the last block is timm's ordinary one."""
+        return type(last) is Block and self.backbone.global_pool == "token" and self.backbone.attn_pool is None
 
 
 class Pixels:

@@ -143,6 +143,36 @@ def test_a_block_of_three_is_three_blocks_of_one(frozen: dict[str, np.ndarray], 
     assert (block[1][0] - block[1][1]).abs().max() > 1e-3  # the clients do differ
 
 
+POOLED = [({}, True), ({"init_values": 0.5, "qkv_bias": False}, True), ({"reg_tokens": 2}, True),
+          ({"global_pool": "avg"}, False), ({"global_pool": "map"}, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize(("options", "class_token"), POOLED)
+def test_the_last_mlp_sees_only_what_is_pooled(
+    monkeypatch, kind: str, options: dict[str, Any], class_token: bool
+) -> None:
+    """And features and gradients are those of all tokens through all blocks."""
+    config = replace(MODEL, options=MODEL.options | options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VitModel(config, adapters(kind, "last:1" if kind == "none" else "last:2"), CLASSES)
+    rows, images, seen, found = random_rows(model, 2), random_images(2, 3), [], []
+    model.module.backbone.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    for first in (AdaptedVit._pools_the_first, lambda self, last: False):
+        monkeypatch.setattr(AdaptedVit, "_pools_the_first", first)
+        own = rows.clone().requires_grad_()
+        features = model.features(own, images)
+        gradient = torch.autograd.grad(model.logits(own, images).logsumexp(-1).sum(), own)[0]
+        found.append((features.detach(), gradient))
+    for some, all_tokens in zip(*found, strict=True):
+        torch.testing.assert_close(some, all_tokens, atol=1e-5, rtol=1e-5)
+    tokens = max(seen)
+    assert tokens > 1
+    if kind != "none":  # without adapters no block has any: all are in the prefix
+        assert seen == [1 if class_token else tokens] * 2 + [tokens] * 2
+
+
 def test_logits_are_the_head_on_the_features(frozen: dict[str, np.ndarray]) -> None:
     model = made(frozen)
     rows, images = random_rows(model, 2), random_images(2, 3)
