@@ -14,6 +14,7 @@ from run_folders import results
 
 from fedsim import loop
 from fedsim.__main__ import main
+from fedsim.files import unfinished
 from fedsim.tracking import JsonLines
 
 SETTINGS = ("run", *TINY, "algorithm=pfedseq", "rounds=3")
@@ -55,7 +56,7 @@ def test_a_full_disk_costs_one_line_and_no_round(owner, name, full, capsys, tmp_
     assert told.err.startswith(f"fedsim: {folder}") and told.err.count("\n") == 1
     assert "cannot be written" in told.err and "No space left on device" in told.err
     assert again in told.err + told.out
-    assert not [path.name for path in folder.rglob("*.tmp")]
+    assert not [path.name for path in folder.rglob("*") if unfinished(path.name)]
     assert main(["resume", str(folder)]) == 0
     assert main([*SETTINGS, f"output={tmp_path / 'undisturbed'}"]) == 0
     assert results(folder) == results(tmp_path / "undisturbed")
