@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,13 +224,19 @@ class SweptRun(Protocol):
     def swept(self) -> Mapping[str, str]: ...
 
 
-def write_results(out: Path, runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
-    """Writes ``results.csv``, a row a run, and ``table.csv``: over seeds, of the runs that have finished; its rows."""
+def write_results(out: Path, runs: Sequence[SweptRun], failed: Container[str] = ()) -> list[dict[str, Any]]:
+    """Writes ``results.csv``, a row a run, and ``table.csv``: over seeds, of the runs that have finished; its rows.
+
+    ``failed``: names of the runs that will not go on by themselves.
+    """
     summaries = [flat_summary(out / run.name) for run in runs]
     pairs = list(zip(runs, summaries, strict=True))
     write_csv(
         out / "results.csv",
-        [{"run": run.name, **run.swept, **(summary or {"status": "unfinished"})} for run, summary in pairs],
+        [
+            {"run": run.name, **run.swept, **(summary or {"status": "failed" if run.name in failed else "unfinished"})}
+            for run, summary in pairs
+        ],
     )
     groups: dict[str, list[tuple[SweptRun, dict[str, Any]]]] = {}
     for run, summary in pairs:

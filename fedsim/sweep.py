@@ -94,12 +94,12 @@ def run_sweep(
             raise
         finally:
             board.close()
-        rows = write_results(out, runs)
+        rows = write_results(out, runs, board.failed)
     if rows:
         console.print(seeds_table(rows))
         report([out], out / "report", Console(quiet=True))
         _draw(sweep, rows, out / "report")
-    for line in board.failed:
+    for line in board.failed.values():
         _say(console, line)
     then = f"; try again with: {again}" if board.failed else ""
     _say(console, f"results.csv, table.csv and the page report/index.html in {out}{then}")
@@ -182,7 +182,7 @@ class Board(tune.Callback):
     """What a person sees while the runs go on: a table of those that run, and a line for each that has ended.
 
     Attributes:
-        failed: what to say of those that failed.
+        failed: the names of those that failed, and what to say of each.
     """
 
     def __init__(self, runs: Sequence[Run], out: Path, console: Console) -> None:
@@ -190,7 +190,7 @@ class Board(tune.Callback):
         self._ended = sum(_ended(out / found.name) for found in runs)
         self._last: dict[str, dict[str, Any]] = {}
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self.failed: list[str] = []
+        self.failed: dict[str, str] = {}
         if self._live:
             self._live.start()
 
@@ -232,13 +232,13 @@ class Board(tune.Callback):
             mean, seconds = (shown(key, summary[key]) for key in ("accuracy.mean", "seconds.total"))
             _say(self._console, f"{where}  accuracy {mean}  {seconds} s")
         elif error or name not in last:
-            self.failed.append(f"failed: {name} ({error or 'it did not begin; see its log'})")
+            self.failed[name] = f"failed: {name} ({error or 'it did not begin; see its log'})"
             _say(self._console, f"{where}  failed")
         else:
             write_atomically(self._out / name / STOPPED, f"{last[name]['round']}\n")
             accuracy = shown("accuracy.mean", last[name]["accuracy"])
             _say(self._console, f"{where}  accuracy {accuracy}  stopped after round {last[name]['round']}")
-        write_results(self._out, self._runs)
+        write_results(self._out, self._runs, self.failed)
 
     def _table(self, trials: Sequence[Any]) -> Table:
         table = Table("run", "round", "accuracy", box=None)

@@ -315,7 +315,7 @@ def test_going_on_runs_what_is_missing_resumes_what_is_unfinished_and_names_what
     assert f"failed: {broken} ({where}: no valid checkpoint is left)" in printed
     files = "results.csv, table.csv and the page report/index.html in out"
     assert printed[-1] == f"{files}; try again with: python -m fedsim sweep --resume out --jobs 2"
-    assert [row["status"] for row in rows(copied / "results.csv")] == ["finished"] * 3 + ["unfinished"]
+    assert [row["status"] for row in rows(copied / "results.csv")] == ["finished"] * 3 + ["failed"]
     assert [row["n"] for row in rows(copied / "table.csv")] == ["2", "1"]
 
 
@@ -476,7 +476,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_and_one_that_always_is
         assert log.count("fedsim: the process of this run died\nThe actor died unexpectedly") == died
         assert log.count(f"{name} after round 1 of 3") == log.count("resuming") == resumed
 
-    assert [row["status"] for row in rows(tmp_path / "out" / "results.csv")] == ["finished"] * 2 + ["unfinished"]
+    assert [row["status"] for row in rows(tmp_path / "out" / "results.csv")] == ["finished"] * 2 + ["failed"]
     assert [row["runs"] for row in rows(tmp_path / "out" / "table.csv")] == ["deaths=0", "deaths=1"]
     printed = capsys.readouterr().out.splitlines()
     died = "its process died, see its log; another one goes on in its place"
