@@ -44,6 +44,14 @@ def adapted_vit(name: str, img_size: int, classes: int, width: int) -> nn.Module
     return model.eval()
 
 
+def without_fused_attention(model: nn.Module) -> nn.Module:
+    """For bf16 on CPUs, where the fused attention is slower; fedsim does the same."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
 def pixels(images: Tensor) -> Tensor:
     """``[..., 3, px, px] uint8`` to the model's input, ``float32`` in ±1."""
     return images.float().div_(127.5).sub_(1)
@@ -74,10 +82,7 @@ class Work:
         self.model.load_state_dict(values)
         self.trained = trained(self.model)
         if self.settings["precision"] == "bf16":
-            # On CPUs the fused attention is slower in bf16; fedsim does the same.
-            for module in self.model.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = False
+            without_fused_attention(self.model)
 
     def samples(self, client: int, round: int) -> tuple[Tensor, Tensor]:
         """The client's images ``[n, 3, px, px] uint8`` and labels ``[n]``, in this round's order: fedsim's."""
