@@ -10,9 +10,9 @@
 ``comparison.yaml`` beside this file says on what data, and from which four settings of an algorithm ``choose`` takes
 the best, and writes them down as the sweep ``configs/sweeps/comparison_DATASET.yaml``: by the mean accuracy on a fifth
 of every client's training samples, held out (``eval.validation=0.2``), after half the rounds, seed 0; the test split
-has no part in it. Whether pFedSeq's clients end with what they are sent, or with what one more epoch makes of it, is
-chosen by the same runs. ``run`` gives what ``python -m fedsim sweep`` gives, sooner: its processes start once. Both go
-on where they were stopped. ``table`` takes accuracies and bytes from RUNS, what clients get that never trained from
+has no part in it. That pFedSeq's clients end with what they are sent, without any more epochs, is one of the choices,
+and read off the same runs. ``run`` gives what ``python -m fedsim sweep`` gives, sooner: its processes start once. Both
+go on where they were stopped. ``table`` takes accuracies and bytes from RUNS, what clients get that never trained from
 UNSEEN, and the seconds of a round, the median of five, from COST, runs that had the machine for themselves.
 """
 
@@ -65,12 +65,10 @@ def choose(dataset: str, out: Path, jobs: int) -> None:
     best: dict[str, tuple[float, Settings]] = {}
     for folder, (name, settings) in candidates.items():
         accuracy = summary_of(out / folder).get("accuracy", {"mean": 0.0})
-        ends = {"": accuracy["mean"]}
+        ends = [(accuracy["mean"], settings)]
         if name.startswith("pfedseq"):
-            ends = {"0": accuracy["sent"], "1": accuracy["mean"]}
-        for epochs, reached in ends.items():
-            if name not in best or reached > best[name][0]:
-                best[name] = (reached, settings | ({"algorithm.finetune_epochs": epochs} if epochs else {}))
+            ends.append((accuracy.get("sent", 0.0), settings | {"algorithm.finetune_epochs": "0"}))
+        best[name] = max([*ends, *([best[name]] if name in best else [])], key=lambda end: end[0])
     variants = {name: [*variant(suite, name), *overrides(settings)] for name, (_, settings) in best.items()}
     tree = {"config": data["config"], "settings": common, "variants": variants, "grid": {"seed": [0, 1, 2]}}
     header = (
