@@ -26,6 +26,7 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError, nearest
 from fedsim.layout import Layout
 from fedsim.models.adapters import ClientModule, Head, attach
+from fedsim.models.frozen import freeze
 from fedsim.models.lean import without_compiler
 
 with without_compiler():
@@ -53,7 +54,7 @@ class AdaptedVit(nn.Module):
         for group in extra:
             if group not in EXTRA:
                 raise ConfigError([f"algorithm: unknown extra piece {group!r}{nearest(group, EXTRA)}"])
-        backbone.requires_grad_(False)
+        freeze(backbone)
         blocks = list(backbone.blocks)
         self.prefix = len(blocks) - adapter.count(len(blocks))
         try:

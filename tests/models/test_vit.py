@@ -20,6 +20,7 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError
 from fedsim.local import LocalContext
 from fedsim.models.adapters import OUTPUTS
+from fedsim.models.frozen import freeze
 from fedsim.models.vit import (
     AdaptedVit,
     VitModel,
@@ -248,6 +249,7 @@ def test_over_frozen_arrays_it_is_the_same_model(name: str, options: dict[str, i
     backbone = load_backbone(model).eval()
     shared = VitModel(model, adapters("none"), CLASSES, frozen_arrays(backbone))
     images = random_images(1, 2, model.img_size)
+    freeze(backbone)  # the same products
     with torch.no_grad():
         expected = backbone(shared.pixels(images)[0])
     assert torch.equal(shared.features(torch.zeros(1, shared.layout.size), images)[0], expected)

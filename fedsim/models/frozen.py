@@ -1,0 +1,54 @@
+"""Frozen linear layers, by oneDNN where that is faster.
+
+torch gives products in fp32 to MKL, whose kernels for AMD's processors stop at AVX2; those of oneDNN have AVX-512, and
+take half the time (``docs/performance.md``). The operator is the one that torch's own compiler puts there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LINEAR = "_linear_pointwise"
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, _LINEAR)
+)
+"""Whether this processor's products go there."""
+
+
+class FrozenLinear(nn.Linear):
+    """``x W^T + b``; neither W nor b gets a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return _Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
+        return super().forward(x)
+
+
+def freeze(backbone: nn.Module) -> None:
+    """Nothing of it gets a gradient any more; its linear layers are ``FrozenLinear``, over the same tensors."""
+    backbone.requires_grad_(False)
+    for module in backbone.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + b`` for x ``[…, i] float32``, W ``[o, i]``, and b ``[o]`` or None; differentiable in x."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product: Tensor = getattr(torch.ops.mkldnn, _LINEAR)(x, weight, bias, "none", [], "")
+        return product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.weight = inputs[1]  # a parameter that lives as long as the model; no other tensor is kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Product.apply(gradient, ctx.weight.t(), None), None, None  # type: ignore[no-untyped-call]
