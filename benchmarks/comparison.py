@@ -68,7 +68,7 @@ def choose(dataset: str, out: Path, jobs: int) -> None:
         ends = [(accuracy["mean"], settings)]
         if name.startswith("pfedseq"):
             ends.append((accuracy.get("sent", 0.0), settings | {"algorithm.finetune_epochs": "0"}))
-        best[name] = max([*ends, *([best[name]] if name in best else [])], key=lambda end: end[0])
+        best[name] = max([*([best[name]] if name in best else []), *ends], key=lambda end: end[0])
     variants = {name: [*variant(suite, name), *overrides(settings)] for name, (_, settings) in best.items()}
     tree = {"config": data["config"], "settings": common, "variants": variants, "grid": {"seed": [0, 1, 2]}}
     header = (
