@@ -32,13 +32,17 @@ class CentralActor:
 
     def __init__(self, workload: Workload, params: np.ndarray) -> None:
         torch.set_num_threads(workload.config.backend.threads)
-        self.server = Server(workload, torch.from_numpy(params.copy()))
+        self._failed: FedsimError | None = None
+        try:
+            self.server = Server(workload, torch.from_numpy(params.copy()))
+        except FedsimError as error:  # kept for `ready`: of an actor that fails here Ray tells a text of its own
+            self._failed = error
 
     def __repr__(self) -> str:
         return "central"
 
-    def ready(self) -> int:
-        return os.getpid()
+    def ready(self) -> int | FedsimError:
+        return self._failed or os.getpid()
 
     @ray.method(num_returns=2)
     def broadcast(self, round: int, ids: Block) -> tuple[Arrays, Arrays]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.job_config import JobConfig
 from torch import Tensor
 
@@ -148,9 +148,11 @@ class RayBackend(Backend):
         self._pool.starting(slot, now)
 
     def _wait_until_ready(self) -> None:
-        answers = [self._central.ready.remote(), *(slot.answer for slot in self._pool.slots)]
+        actors = {"central": self._central.ready.remote()}
+        actors |= {f"simulator-{slot.number}": slot.answer for slot in self._pool.slots}
+        answers = list(actors.values())
         try:
-            ray.get(answers, timeout=self.config.start_timeout_s)
+            central, *_ = ray.get(answers, timeout=self.config.start_timeout_s)
         except GetTimeoutError:
             raise ConfigError(
                 [
@@ -160,7 +162,15 @@ class RayBackend(Backend):
                 ]
             ) from None
         except RayError as error:
-            raise _own_error(error, "start", 0, ()) from None
+            if not _is_fault(error) or _failed_in_start(error):
+                raise _own_error(error, "start", 0, ()) from None
+            died = next(name for name, answer in actors.items() if _is_there(answer) and not _whole(answer))
+            raise FedsimError(
+                f"{died} died while it started ({_line(error).rstrip('.')}); no round was begun: start the run again, "
+                "with fewer backend.simulators where memory is short"
+            ) from None
+        if isinstance(central, FedsimError):
+            raise central
         for slot in self._pool.slots:
             self._pool.ready(slot)
 
@@ -179,7 +189,7 @@ class RayBackend(Backend):
             if not _is_fault(error):
                 raise _own_error(error, "probe", 0, block) from None
             self._restart_pool(self.simulators)  # whatever ended one of them, so large a block did
-            raise DeviceMemoryError(f"{len(block)} clients in a block: {_first_line(error)}") from None
+            raise DeviceMemoryError(f"{len(block)} clients in a block: {_line(error)}") from None
         for answer in seconds:
             if isinstance(answer, FedsimError):
                 raise answer
@@ -200,7 +210,7 @@ class RayBackend(Backend):
             except RayTaskError as error:  # an argument was lost: so it is certain that nothing was applied
                 lost = [piece for piece in trained if not _whole(piece.result)]
                 if not lost:
-                    raise CentralLostError(round, _first_line(error)) from None
+                    raise CentralLostError(round, _line(error)) from None
             self.failures.blocks_requeued += len(lost)
             again = self._map("train", round, [piece.clients for piece in lost])
             trained = [piece for piece in trained if piece not in lost] + again
@@ -237,8 +247,10 @@ class RayBackend(Backend):
             if _lost_argument(error):
                 raise
             if _is_fault(error):
-                raise CentralLostError(round, _first_line(error)) from None
+                raise CentralLostError(round, _line(error)) from None
             raise _own_error(error, stage, round, ()) from None
+        if isinstance(answer, FedsimError):
+            raise answer
         self._deadlines.kept(stage, time.monotonic() - start)
         return answer
 
@@ -312,7 +324,7 @@ class RayBackend(Backend):
                 ray.get(slot.answer)
                 self._pool.ready(slot)
             except RayError as error:
-                self._lose(stage, slot, _first_line(error))
+                self._lose(stage, slot, _line(error))
             return
         piece = slot.pieces[0]
         if piece.flight.payload is not None:
@@ -345,9 +357,9 @@ class RayBackend(Backend):
         self._ask("ready", stage.round, self._central.ready)
         if _lost_argument(error):  # the simulator lives, its payload was lost
             self._pool.dropped(slot)
-            stage.fail(piece, _first_line(error))
+            stage.fail(piece, _line(error))
         else:
-            self._lose(stage, slot, _first_line(error))
+            self._lose(stage, slot, _line(error))
 
     def _lose(self, stage: Stage, slot: Slot, cause: str) -> None:
         """A simulator died, hung, or did not start: another one in its place, and its blocks are done again."""
@@ -422,6 +434,9 @@ def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str,
     """Joins the cluster that is named or running, else starts one; true if it ends with this process's part in it.
 
     ``cpus``: of the one that is started; 0: as many as the machine has.
+
+    Raises:
+        ConfigError: it would start a dashboard that asks nobody for a token.
     """
     if ray.is_initialized():
         return False
@@ -435,6 +450,9 @@ def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str,
     if address and address != "local":
         ray.init(address=address, **quiet)
     else:
+        if config.dashboard and os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+            told = "RAY_AUTH_MODE=disabled lets everybody on this machine run code through it"
+            raise ConfigError([f"backend.dashboard: {told}; unset that, or set backend.dashboard=false"])
         # Ray's own words on its token, each time anew; ours are in `describe`.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         # "local" said out loud: a bare init joins whatever cluster a stale file in its temporary folder names.
@@ -487,5 +505,12 @@ def _own_error(error: RayError, stage: str, round: int, block: Block) -> FedsimE
     return ClientError(stage, round, list(block), str(error))
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _failed_in_start(error: RayError) -> bool:
+    """True where an actor died of an exception while it started."""
+    return isinstance(error, RayActorError) and error.actor_init_failed
+
+
+def _line(error: RayError) -> str:
+    """What Ray says, in one line: of an exception while an actor started its end, where that stands."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if _failed_in_start(error) else 0]

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import ray
 from conftest import TINY
-from ray.exceptions import GetTimeoutError, OutOfMemoryError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayTaskError
 
 from fedsim.__main__ import main
 from fedsim.actors import Weights, put_frozen
 from fedsim.backend import Backend
 from fedsim.config import BackendConfig
-from fedsim.errors import CentralLostError, ConfigError
+from fedsim.errors import CentralLostError, ConfigError, FedsimError
 from fedsim.plan import Plan, prepare
 from fedsim.ray_backend import RayBackend
 from fedsim.simulation import resume, run
@@ -30,6 +31,17 @@ def test_a_whole_run_on_ray_leaves_nothing_running(tmp_path, capsys):
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "local"))
     assert one["accuracy"] == other["accuracy"]
     assert set(one["peak_memory_mib"]) == {"driver", "central", "simulator-0", "simulator-1"}
+
+
+def test_a_dashboard_without_a_token_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["run", *TINY, "backend=ray", "backend.simulators=1", f"output={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == (
+        "fedsim: backend.dashboard: RAY_AUTH_MODE=disabled lets everybody on this machine run code through it; unset "
+        "that, or set backend.dashboard=false\n"
+    )
+    assert not ray.is_initialized() and not any(tmp_path.iterdir())
 
 
 def test_a_run_that_stopped_on_ray_resumes_on_ray_to_the_same_numbers(tmp_path, tiny_config, stopped_after):
@@ -125,6 +137,52 @@ def test_a_simulator_that_was_killed_for_memory_is_a_fault_and_no_error_of_the_u
         bare._see_fault(stage, slot, piece, OutOfMemoryError("3 worker(s) were killed due to …\nOOM kill reason: …"))
     assert [piece.clients for piece in stage.waiting] == [(4, 5), (6, 7), (1,)]
     assert bare.failures == Failures(actors_replaced=2, blocks_requeued=1, blocks_halved=1)
+
+
+def killed() -> ActorDiedError:
+    """What Ray 2.60 raises of an actor whose process was killed: several lines."""
+    told = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR …"
+    context = ActorDiedErrorContext(class_name="SimulatorActor", actor_id=bytes(16), pid=9, error_message=told)
+    assert str(ActorDiedError(context)).count("\n") > 3
+    return ActorDiedError(context)
+
+
+def test_who_is_killed_while_it_starts_costs_one_line(bare, monkeypatch):
+    (slot,) = bare._pool.slots
+    slot.answer = "never comes"
+
+    def get(reference: object, timeout: float | None = None) -> None:
+        if reference is not bare._central:
+            raise killed()
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda references, **_: (references, []))
+    with pytest.raises(FedsimError) as failure:
+        bare._wait_until_ready()
+    assert str(failure.value) == (
+        "simulator-0 died while it started (The actor died unexpectedly before finishing this task); no round was "
+        "begun: start the run again, with fewer backend.simulators where memory is short"
+    )
+
+
+def test_a_replacement_that_does_not_start_is_told_of_in_one_line_with_what_went_wrong(bare, monkeypatch, caplog):
+    trace = "Traceback (most recent call last):\n  File 'actors.py', line 9, in __init__\nImportError: no module 'x'\n"
+    failed = ActorDiedError(RayTaskError("SimulatorActor.__init__", trace, ImportError("no module 'x'")))
+    stage, (slot,) = Stage("train", 2, [(1,)], bare.config, bare.failures), bare._pool.slots
+    for error in (failed, killed()):
+        bare._pool.starting(slot, 0.0)
+        slot.failed_starts = 0
+
+        def get(reference: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "get", get)
+        bare._see(stage, slot)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"round 3: simulator-0: {told}; 0 of 1 live, another start is tried"
+        for told in ("ImportError: no module 'x'", "The actor died unexpectedly before finishing this task")
+    ]
+    assert bare.failures == Failures()
 
 
 def test_the_runs_of_a_sweep_share_frozen_weights(cluster):

@@ -29,6 +29,11 @@ import torch
 from fedsim.algorithms.fedavg import FedAvg
 
 class Faulty(FedAvg):
+    def init_server(self, params, generator):
+        if (Path(__file__).parent / "faults" / "server").exists():
+            {}["no such key"]
+        return super().init_server(params, generator)
+
     def local_update(self, payload, rows, ctx):
         for client in ctx.ids:
             fault = Path(__file__).parent / "faults" / str(client)
@@ -48,9 +53,11 @@ class Faulty(FedAvg):
         if kind == "bug":
             {}["no such key"]
         fault.unlink()
+        while kind == "loop":
+            pass
         os.kill(os.getpid(), getattr(signal, kind))
 '''
-BUG_LINE = 1 + FAULTY.splitlines().index('            {}["no such key"]')
+SERVER_BUG_LINE, BUG_LINE = (n for n, line in enumerate(FAULTY.splitlines(), 1) if line.endswith('{}["no such key"]'))
 RAY = ("backend=ray", "backend.simulators=2", "backend.min_deadline_s=2")
 
 
@@ -96,16 +103,17 @@ def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str, di
     return summary, records, clients, failures
 
 
-def test_a_killed_and_a_hung_simulator_cost_time_and_nothing_else(faults, tiny_config, tmp_path):
+def test_killed_stopped_and_looping_simulators_cost_time_and_nothing_else(faults, tiny_config, tmp_path):
     settings = ["algorithm=faulty:Faulty", "cohort=8", "backend.block_size=1", "rounds=3"]
     run(tiny_config(*settings, f"output={tmp_path / 'undisturbed'}"))
     (faults / "3").write_text("SIGKILL 0")
     (faults / "6").write_text("SIGSTOP 1")  # by then blocks were timed
+    (faults / "1").write_text("loop 2")
     run(tiny_config(*settings, *RAY, f"output={tmp_path / 'disturbed'}"))
     *found, failures = results(tmp_path / "disturbed")
     *expected, none = results(tmp_path / "undisturbed")
     assert found == expected
-    assert (failures["actors_replaced"], failures["hangs"], failures["blocks_halved"]) == (2, 1, 0)
+    assert (failures["actors_replaced"], failures["hangs"], failures["blocks_halved"]) == (3, 2, 0)
     assert not any(none.values())
 
 
@@ -172,6 +180,21 @@ def disturbing_the_server(method: Any, stage: str, due: list[str], kind: signal.
         return method(self, round, *values)
 
     return disturbed
+
+
+def test_an_error_before_round_1_is_told_as_without_ray(faults, tiny_config):
+    from fedsim.ray_backend import RayBackend
+
+    plan = prepare(tiny_config(*RAY, "backend.simulators=1", "algorithm=faulty:Faulty"))
+    (faults / "server").touch()
+    told = []
+    for backend in (RayBackend, LocalBackend):
+        with pytest.raises(ClientError) as failure:
+            backend(plan.workload, plan.params, *(["faults"] if backend is RayBackend else []))
+        told.append(str(failure.value))
+    assert told[0] == told[1]
+    assert told[0].startswith("init_server failed in round 1, clients []\nTraceback (most recent call last):\n")
+    assert f'faulty.py", line {SERVER_BUG_LINE}' in told[0] and told[0].endswith("KeyError: 'no such key'")
 
 
 def test_dead_simulators_and_lost_results_are_replaced_and_every_block_is_applied_once(pool):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +57,62 @@ def told(folder: Path) -> tuple[Any, ...]:
     return summary["status"], summary["rounds"], summary["accuracy"], (folder / "clients.csv").read_text()
 
 
-def test_an_interrupted_run_on_ray_leaves_no_process(tmp_path):
+@dataclass(frozen=True)
+class Stopped:
+    """A run on a Ray of its own that was interrupted in round 3.
+
+    Attributes:
+        folder: the run's.
+        code: its exit code.
+        printed: all that it printed, before and after.
+        started: the processes that it had started.
+    """
+
+    folder: Path
+    code: int
+    printed: str
+    started: list[psutil.Process]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    folder = tmp_path_factory.mktemp("stopped") / "run"
     command = [
-        sys.executable, "-m", "fedsim", "run", *TINY, f"output={tmp_path / 'run'}", "rounds=1000000",
-        "eval.every=1000000", "backend=ray", "backend.simulators=1", "backend.dashboard=false",
+        sys.executable, "-m", "fedsim", "run", *TINY, f"output={folder}", "rounds=1000000", "eval.every=1000000",
+        "backend=ray", "backend.simulators=1",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+    )  # fmt: skip
     try:
         assert process.stdout
-        assert any(line.startswith("round 2/") for line in process.stdout)
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("round 2/"):
+                break
         started = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
         rest, _ = process.communicate(timeout=120)
-        assert process.returncode == 130
-        assert "stopping after the blocks in flight" in rest
-        assert f"interrupted; go on with: python -m fedsim resume {tmp_path / 'run'}" in rest
-        assert "Traceback" not in rest
-        assert started
-        assert psutil.wait_procs(started, timeout=60)[1] == []
+        return Stopped(folder, process.returncode, "".join(printed) + rest, started)
     finally:
         process.kill()
+
+
+def test_an_interrupted_run_on_ray_leaves_no_process(stopped):
+    assert stopped.code == 130
+    assert "stopping after the blocks in flight" in stopped.printed
+    assert f"interrupted; go on with: python -m fedsim resume {stopped.folder}" in stopped.printed
+    assert "Traceback" not in stopped.printed
+    assert stopped.started
+    assert psutil.wait_procs(stopped.started, timeout=60)[1] == []
+
+
+def test_its_dashboard_was_on_loopback_and_the_token_is_told_nowhere(stopped):
+    assert re.search(r"dashboard http://127\.0\.0\.1:\d+ \(token: `ray get-auth-token`\)", stopped.printed)
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    left = [path for path in stopped.folder.rglob("*") if path.is_file()]
+    assert token and left
+    assert token not in stopped.printed
+    assert [path for path in left if token.encode() in path.read_bytes()] == []
