@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import struct
 import sys
 import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -213,27 +216,82 @@ class FakeWandbRun:
         self.exit_codes.append(exit_code)
 
 
+class Metric(NamedTuple):
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
+class Param(NamedTuple):
+    key: str
+    value: str
+
+
 class FakeMlflow(types.ModuleType):
-    """What of MLflow's interface is used; it takes every point that it is sent."""
+    """What of MLflow's interface is used, none of its global state; it takes every point that it is sent.
+
+    Attributes:
+        calls: what changed something, as ``(method, arguments)``; of a batch, ``params`` or ``metrics``.
+        experiments: ids by name.
+    """
+
+    entities = types.SimpleNamespace(Metric=Metric, Param=Param)
+    MlflowException = type("MlflowException", (Exception,), {})
 
     def __init__(self) -> None:
         super().__init__("mlflow")
         self.calls: list[tuple[Any, ...]] = []
         self.metrics: dict[str, float] = {}
+        self.experiments: dict[str, str] = {}
+        registry = types.SimpleNamespace(resolve_tags=lambda: {"mlflow.user": "me"})
+        self.tracking = types.SimpleNamespace(context=types.SimpleNamespace(registry=registry))
 
-    def start_run(self, run_id: str | None = None, run_name: str | None = None) -> Any:
-        self.calls.append(("start_run", run_id, run_name))
-        info, data = types.SimpleNamespace(run_id="r7"), types.SimpleNamespace(metrics=dict(self.metrics))
+    def MlflowClient(self, tracking_uri: str) -> FakeMlflowClient:
+        self.calls.append(("MlflowClient", tracking_uri))
+        return FakeMlflowClient(self)
+
+
+class FakeMlflowClient:
+    def __init__(self, mlflow: FakeMlflow) -> None:
+        self._mlflow = mlflow
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        found = self._mlflow.experiments.get(name)
+        return found and types.SimpleNamespace(experiment_id=found)
+
+    def create_experiment(self, name: str) -> str:
+        self._mlflow.calls.append(("create_experiment", name))
+        self._mlflow.experiments[name] = f"e{len(self._mlflow.experiments)}"
+        return self._mlflow.experiments[name]
+
+    def create_run(self, experiment_id: str, tags: dict[str, str], run_name: str) -> Any:
+        self._mlflow.calls.append(("create_run", experiment_id, tags, run_name))
+        return self.get_run("r7")
+
+    def get_run(self, run_id: str) -> Any:
+        info, data = types.SimpleNamespace(run_id=run_id), types.SimpleNamespace(metrics=dict(self._mlflow.metrics))
         return types.SimpleNamespace(info=info, data=data)
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.calls.append(("log_metrics", metrics, step))
-        self.metrics |= metrics
+    def update_run(self, run_id: str, status: str) -> None:
+        self._mlflow.calls.append(("update_run", run_id, status))
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("set_tracking_uri", "set_experiment", "log_params", "log_artifact", "end_run"):
-            raise AttributeError(name)
-        return lambda value: self.calls.append((name, value))
+    def log_batch(self, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = ()) -> None:
+        if params:
+            self._mlflow.calls.append(("params", run_id, dict(params)))
+        if metrics:
+            self.take(run_id, {metric.key: metric.value for metric in metrics}, {metric.step for metric in metrics})
+
+    def take(self, run_id: str, values: dict[str, float], steps: set[int]) -> None:
+        (step,) = steps
+        self._mlflow.calls.append(("metrics", run_id, values, step))
+        self._mlflow.metrics |= values
+
+    def log_artifact(self, run_id: str, local_path: str) -> None:
+        self._mlflow.calls.append(("log_artifact", run_id, local_path))
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self._mlflow.calls.append(("set_terminated", run_id, status))
 
 
 @pytest.fixture
@@ -319,23 +377,41 @@ def test_mlflow_is_told_what_runs_and_every_round(tmp_path: Path, tiny_config: A
     tracker.on_round(record(2, accuracy={"mean": 0.75}), np.array([0.5, 1.0]))
     tracker.close()
     names = [call[0] for call in mlflow.calls]
-    (params,) = mlflow.calls.pop(names.index("log_params"))[1:]
-    assert (params["algorithm.name"], params["local.lr"], params["adapter.targets"]) == (
+    run_id, params = mlflow.calls.pop(names.index("params"))[1:]
+    assert (run_id, params["algorithm.name"], params["local.lr"], params["adapter.targets"]) == (
+        "r7",
         "fedavg",
-        0.1,
+        "0.1",
         "['qkv', 'mlp']",
     )
     assert not [name for name in params if name.startswith(("output", "tracking"))]
     assert mlflow.calls == [
-        ("set_tracking_uri", "sqlite:///m.db"),
-        ("set_experiment", "fedsim"),
-        ("start_run", None, tmp_path.name),
-        ("log_artifact", str(tmp_path / "config.yaml")),
-        ("log_metrics", {"seconds/total": 2.0, "updates_per_second": 4.25, "round": 1.0}, 1),
-        ("log_metrics", {**SENT, "accuracy/mean": 0.75, "round": 2.0}, 2),
-        ("log_artifact", str(tmp_path / "metrics.jsonl")),
-        ("end_run", "FINISHED"),
+        ("MlflowClient", "sqlite:///m.db"),
+        ("create_experiment", "fedsim"),
+        ("create_run", "e0", {"mlflow.user": "me"}, tmp_path.name),
+        ("log_artifact", "r7", str(tmp_path / "config.yaml")),
+        ("metrics", "r7", {"seconds/total": 2.0, "updates_per_second": 4.25, "round": 1.0}, 1),
+        ("metrics", "r7", {**SENT, "accuracy/mean": 0.75, "round": 2.0}, 2),
+        ("log_artifact", "r7", str(tmp_path / "metrics.jsonl")),
+        ("set_terminated", "r7", "FINISHED"),
     ]
+    assert (tmp_path / "mlflow.id").read_text() == "r7"
+
+
+@pytest.mark.parametrize("there", ["before", "meanwhile"])
+def test_an_experiment_that_another_run_has_made_is_used(
+    there: str, tmp_path: Path, tiny_config: Any, mlflow: FakeMlflow, monkeypatch: Any
+) -> None:
+    def made_by_another(client: FakeMlflowClient, name: str) -> str:
+        mlflow.experiments[name] = "theirs"
+        raise mlflow.MlflowException("RESOURCE_ALREADY_EXISTS")
+
+    monkeypatch.setattr(FakeMlflowClient, "create_experiment", made_by_another)
+    if there == "before":
+        mlflow.experiments["fedsim"] = "theirs"
+    write_metrics(tmp_path, 0)
+    MLflow(tiny_config("tracking.mlflow=sqlite:///m.db"), tmp_path)
+    assert [call[1] for call in mlflow.calls if call[0] == "create_run"] == ["theirs"]
 
 
 @pytest.mark.parametrize("done", [1, 3])
@@ -353,10 +429,11 @@ def test_mlflow_goes_on_without_a_round_twice_or_left_out(
     for round in range(done + 1, 5):
         resumed.on_round(record(round), None)
     resumed.close()
-    assert [call[1:] for call in mlflow.calls if call[0] == "start_run"] == [(None, tmp_path.name), ("r7", None)]
-    assert [call[2] for call in mlflow.calls if call[0] == "log_metrics"] == [1, 2, 3, 4]
-    assert [call[0] for call in mlflow.calls].count("log_params") == 1
-    assert [call[1] for call in mlflow.calls if call[0] == "end_run"] == ["KILLED", "FINISHED"]
+    assert [call[0] for call in mlflow.calls].count("create_run") == 1
+    assert [call[3] for call in mlflow.calls if call[0] == "metrics"] == [1, 2, 3, 4]
+    assert [call[0] for call in mlflow.calls].count("params") == 1
+    states = [call[1:] for call in mlflow.calls if call[0] in ("update_run", "set_terminated")]
+    assert states == [("r7", "KILLED"), ("r7", "RUNNING"), ("r7", "FINISHED")]
 
 
 # A run and its trackers ------------------------------------------------------------------------------------------
@@ -372,7 +449,93 @@ def test_a_stopped_run_resumes_in_all_of_them(
     assert [step for step, _ in steps(tmp_path / "run" / "tensorboard")] == [1, 2, 3]
     (sent,) = wandb.runs.values()
     assert [step for step, _ in sent.logged] == [1, 2, 3]
-    assert [call[2] for call in mlflow.calls if call[0] == "log_metrics"] == [1, 2, 3]
+    assert [call[3] for call in mlflow.calls if call[0] == "metrics"] == [1, 2, 3]
+
+
+def sent(folder: Path, name: str) -> dict[int, float]:
+    """Of a run's ``metrics.jsonl``, a number of each round that has it."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["round"]: value for record in records for key, value in flat(record) if key == name}
+
+
+def offline_records(file: Path) -> Iterator[Any]:
+    """What offline W&B wrote for ``wandb sync``: a log as LevelDB has it, in blocks of 32 KiB, behind seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = file.read_bytes(), 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # too few for a head: padding
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # all of a record, or its last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_the_real_wandb_has_the_whole_of_a_resumed_run_in_its_newest_folder(
+    tmp_path: Path, tiny_config: Any, stopped_after: Any, monkeypatch: Any
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # which would take a network
+    folder = tmp_path / "run"
+    asked = ["tracking.wandb=true", "tracking.wandb_offline=true", "tracking.project=mine"]
+    with stopped_after(2):
+        run(tiny_config(*asked, "rounds=3", "eval.every=3", f"output={folder}"))
+    resume(folder)
+    wandb.teardown()
+    (file,) = (folder / "wandb" / "latest-run").glob("*.wandb")
+    records = list(offline_records(file))
+    (about,) = (record.run for record in records if record.HasField("run"))
+    config = {item.key: json.loads(item.value_json) for item in about.config.update}
+    assert (about.run_id, about.project, about.display_name) == ((folder / "wandb.id").read_text(), "mine", "run")
+    assert (config["algorithm"], config["local"]["lr"]) == ({"name": "fedavg"}, 0.1)
+    assert not {"output", "tracking"} & set(config)
+    history = {record.history.step.num: record.history for record in records if record.HasField("history")}
+    told = {
+        step: {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in own.item}
+        for step, own in history.items()
+    }
+    assert {step: own["loss"] for step, own in told.items()} == sent(folder, "loss")
+    assert {step: own["accuracy/mean"] for step, own in told.items() if "accuracy/mean" in own} == sent(
+        folder, "accuracy/mean"
+    )
+    assert sum(told[3]["clients/accuracy/values"]) == 8
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+def test_the_real_mlflow_has_every_round_of_a_resumed_run_once(
+    tmp_path: Path, tiny_config: Any, stopped_after: Any, monkeypatch: Any
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database
+    folder, store, theirs = tmp_path / "run", (tmp_path / "store").as_uri(), (tmp_path / "theirs").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
+    client = mlflow.MlflowClient(store)
+
+    def found() -> Any:
+        return client.get_run((folder / "mlflow.id").read_text())
+
+    with mlflow.start_run() as active:  # a notebook's own
+        with stopped_after(2):
+            run(tiny_config(f"tracking.mlflow={store}", "tracking.project=mine", "rounds=3", f"output={folder}"))
+        assert found().info.status == "KILLED"
+        resume(folder)
+        now = mlflow.get_tracking_uri(), mlflow.active_run().info.run_id, os.environ.get("MLFLOW_EXPERIMENT_ID")
+        assert now == (theirs, active.info.run_id, None)
+    assert not mlflow.get_run(active.info.run_id).data.metrics
+    (one,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert (one.info.run_id, one.info.run_name, one.info.status) == (found().info.run_id, "run", "FINISHED")
+    assert (one.data.params["algorithm.name"], one.data.params["local.lr"]) == ("fedavg", "0.1")
+    assert not [name for name in one.data.params if name.startswith(("output", "tracking"))]
+    for name in ("loss", "accuracy/mean", "bytes/up"):
+        points = client.get_metric_history(one.info.run_id, name)
+        assert [(point.step, point.value) for point in points] == list(sent(folder, name).items())
+    for file in ("config.yaml", "metrics.jsonl"):
+        assert Path(client.download_artifacts(one.info.run_id, file)).read_bytes() == (folder / file).read_bytes()
 
 
 def test_a_tracker_that_fails_is_left_out_with_one_line(
@@ -382,7 +545,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_line(
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(wandb, "init", fail)
-    monkeypatch.setattr(mlflow, "log_metrics", fail)
+    monkeypatch.setattr(FakeMlflowClient, "take", fail)
     monkeypatch.setattr(TensorBoard, "close", fail)
     settings = ["tracking.wandb=true", "tracking.mlflow=sqlite:///m.db"]
     assert run(tiny_config(*settings, f"output={tmp_path / 'run'}")).summary["status"] == "finished"

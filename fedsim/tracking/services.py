@@ -6,6 +6,7 @@ before the run was killed, it is not sent again; what it missed, it is sent from
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
 
@@ -52,22 +53,26 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow: steps are rounds."""
+    """A run of MLflow: steps are rounds. MLflow's own state, what a notebook has set and begun, stays as it is."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         import mlflow  # only where it was asked for
 
         self._mlflow, self._folder, self._rounds = mlflow, folder, config.rounds
+        self._client = mlflow.MlflowClient(tracking_uri=config.tracking.mlflow)
         id_file = folder / "mlflow.id"
-        known = _read(id_file)
-        mlflow.set_tracking_uri(config.tracking.mlflow)
-        mlflow.set_experiment(config.tracking.project)
-        run = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=folder.name)
-        if not known:
-            mlflow.log_params(settings(config))
-            mlflow.log_artifact(str(folder / "config.yaml"))
-            id_file.write_text(run.info.run_id, encoding="utf-8")
-        self._round = int(run.data.metrics.get("round", 0))
+        self._id = _read(id_file)
+        if self._id:
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            tags = mlflow.tracking.context.registry.resolve_tags()  # whose run, of which program
+            experiment = self._experiment(config.tracking.project)
+            self._id = self._client.create_run(experiment, tags=tags, run_name=folder.name).info.run_id
+            params = [mlflow.entities.Param(key, str(value)) for key, value in settings(config).items()]
+            self._client.log_batch(self._id, params=params)
+            self._client.log_artifact(self._id, str(folder / "config.yaml"))
+            id_file.write_text(self._id, encoding="utf-8")
+        self._round = int(self._client.get_run(self._id).data.metrics.get("round", 0))
         for record in rounds_after(folder, self._round):
             self.on_round(record, None)
 
@@ -76,14 +81,28 @@ class MLflow:
             return
         # The round itself, last: a resumed run reads how far MLflow got.
         values = dict(flat(finite(record))) | {"round": float(record["round"])}
-        self._mlflow.log_metrics(values, step=record["round"])
+        now_ms, metric = int(time.time() * 1000), self._mlflow.entities.Metric
+        metrics = [metric(name, value, now_ms, record["round"]) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
         self._round = record["round"]
 
     def close(self) -> None:
         finished = self._round == self._rounds
         if finished:
-            self._mlflow.log_artifact(str(self._folder / "metrics.jsonl"))
-        self._mlflow.end_run("FINISHED" if finished else "KILLED")
+            self._client.log_artifact(self._id, str(self._folder / "metrics.jsonl"))
+        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+    def _experiment(self, name: str) -> str:
+        """The id of the experiment with this name, which is made where there is none."""
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self._client.create_experiment(name)
+            except self._mlflow.MlflowException:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:  # it was not another run that made it meanwhile
+                    raise
+        return found.experiment_id
 
 
 def _read(file: Path) -> str:
