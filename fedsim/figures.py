@@ -21,7 +21,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from fedsim.comparison import Row, Task
 from fedsim.results import Point
@@ -107,17 +107,19 @@ def draw(task: Task, counts: np.ndarray | None, folder: Path, prefix: str) -> li
     return pictures
 
 
-def draw_sweep(rows: Sequence[Mapping[str, Any]], key: str, file: Path) -> None:
-    """Accuracy, and seconds, against a setting that was swept: a PNG.
+def draw_sweep(rows: Sequence[Mapping[str, Any]], key: str, name: str, folder: Path) -> Picture:
+    """Accuracy, and seconds, against a setting that was swept; written as PNG, too, with the same legend.
 
     Args:
         rows: lines of a sweep's ``table.csv``, as dicts; ``key`` is a number in all of them.
         key: the setting; what else was swept tells the lines apart.
-        file: the picture.
+        name: what ``runs`` in the rows calls it.
+        folder: for the PNG file; it exists.
     """
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: float(row[key])):
-        lines.setdefault(row["runs"].replace(f"{key.rpartition('.')[2]}={row[key]}", "").strip(), []).append(row)
+        others = re.sub(rf"(?<!\S){re.escape(f'{name}={row[key]}')}(?!\S)", "", row["runs"])
+        lines.setdefault(" ".join(others.split()), []).append(row)
     places = [float(row[key]) for row in rows]
     with rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(2 * _WIDE, _HIGH), layout="constrained")
@@ -132,8 +134,14 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], key: str, file: Path) -> None:
                     legend.append(Line2D([], [], color=color, marker=marker, label=label))
             if min(places) > 0 and max(places) >= 20 * min(places):
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set(title=title, xlabel=key)
-        _png(figure, "", legend, file)
+        axes.set_ylim(bottom=0)  # a cost
+        _add_legend(figure, legend)
+        picture = Picture(f"sweep-{name}", f"Accuracy and seconds by {key}", _svg(figure))
+        _png(figure, picture.title, [], folder / f"{picture.name}.png")
+    return picture
 
 
 Drawn = dict[str, tuple[Figure, str, list[Line2D | Patch]]]
@@ -277,8 +285,12 @@ def _svg(figure: Figure) -> str:
 
 def _png(figure: Figure, title: str, legend: Sequence[Line2D | Patch], path: Path) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    _add_legend(figure, legend)
+    figure.savefig(path, facecolor=SURFACE)
+
+
+def _add_legend(figure: Figure, legend: Sequence[Line2D | Patch]) -> None:
     if legend:
         wide, high = figure.get_size_inches()
         figure.set_size_inches(wide, high + 0.17 * len(legend))
         figure.legend(handles=legend, loc="outside lower left", ncols=1)
-    figure.savefig(path, facecolor=SURFACE)

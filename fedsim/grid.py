@@ -68,6 +68,12 @@ class Sweep:
     grid: dict[str, list[str]]
     samples: int = 0
 
+    @property
+    def short(self) -> dict[str, str]:
+        """The grid's keys without their sections, where that tells them apart."""
+        tails = Counter(_tail(key) for key in self.grid)
+        return {key: _tail(key) if tails[_tail(key)] == 1 else key for key in self.grid}
+
     def runs(self) -> list[Run]:
         points = [point for texts in itertools.product(*self.grid.values()) for point in self._samples(texts)]
         points = [point for at, point in enumerate(points) if point not in points[:at]]
@@ -93,10 +99,8 @@ class Sweep:
         ]
 
     def _parts(self, variant: str, point: Settings) -> list[str]:
-        """``["fedavg", "lr=0.1", "seed=0"]``: keys without their sections, where that tells them apart."""
-        tails = Counter(_tail(key) for key in self.grid)
-        short = {key: _tail(key) if tails[_tail(key)] == 1 else key for key in point}
-        return [*([variant] if variant else []), *(f"{short[key]}={text}" for key, text in point.items())]
+        """``["fedavg", "lr=0.1", "seed=0"]``."""
+        return [*([variant] if variant else []), *(f"{self.short[key]}={text}" for key, text in point.items())]
 
     def to_yaml(self) -> str:
         """A sweep file that reads as this sweep."""

@@ -59,6 +59,7 @@ def render(
     pictures: Sequence[Sequence[Picture]],
     counts: Sequence[np.ndarray | None],
     skipped: Sequence[str],
+    swept: Sequence[Picture] = (),
 ) -> str:
     """The page.
 
@@ -67,6 +68,7 @@ def render(
         pictures: of each task.
         counts: of each task, images of every client in every class ``[N, classes]``, where they are known.
         skipped: a line for every folder that was left out.
+        swept: what a sweep draws against its settings, of all tasks together.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -76,6 +78,7 @@ def render(
         version=__version__,
         columns=COLUMNS,
         skipped=skipped,
+        swept=[_element(picture) for picture in swept],
         attention=[(name, VARIABLES[color]) for name, color in ATTENTION.values()],
         tasks=[_section(*of_task) for of_task in zip(tasks, pictures, counts, strict=True)],
     )

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,7 +70,13 @@ def first_line(described: type) -> str:
     return (described.__doc__ or "").strip().splitlines()[0] if described.__doc__ else ""
 
 
-def report(paths: Sequence[Path], out: Path, console: Console) -> None:
+def report(
+    paths: Sequence[Path],
+    out: Path,
+    console: Console,
+    swept: Sequence[Mapping[str, Any]] = (),
+    curves: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Compares finished runs: a table, CSV files, and, where the extra ``report`` is installed, a page with pictures.
 
     Args:
@@ -77,6 +84,8 @@ def report(paths: Sequence[Path], out: Path, console: Console) -> None:
         out: folder for the files: ``comparison.csv`` (a line a run), ``table.csv`` (a line a row of the table),
             ``clients.csv`` (a line a client of a run), ``index.html`` and the pictures as PNG.
         console: for a person.
+        swept: of a sweep, the lines of its own ``table.csv``.
+        curves: its keys against which accuracy and seconds are drawn, each with what the lines call it.
 
     Raises:
         OutputError: there is no finished run at all, or ``out`` cannot be written.
@@ -101,7 +110,7 @@ def report(paths: Sequence[Path], out: Path, console: Console) -> None:
         write_csv(out / "comparison.csv", [{"run": run.folder.name, **run.summary} for run in runs])
         write_csv(out / "table.csv", [row for own in rows for row in own])
         write_csv(out / "clients.csv", _client_rows(compared))
-        page = _write_page(out, compared, skipped)
+        page = _write_page(out, compared, skipped, swept, curves)
     except OSError as error:
         raise OutputError(f"--out: {out} cannot be written to ({error.strerror})") from None
     written = page or "comparison.csv, table.csv and clients.csv"
@@ -145,7 +154,13 @@ def _client_rows(compared: Sequence[Task]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _write_page(out: Path, compared: Sequence[Task], skipped: Sequence[str]) -> str | None:
+def _write_page(
+    out: Path,
+    compared: Sequence[Task],
+    skipped: Sequence[str],
+    swept: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, str],
+) -> str | None:
     """Writes ``index.html`` and the PNG files; what to say of them. ``None`` where what draws is not installed."""
     try:
         from fedsim import figures, page
@@ -158,8 +173,9 @@ def _write_page(out: Path, compared: Sequence[Task], skipped: Sequence[str]) -> 
         figures.draw(task, known, out, f"{number}-" if len(compared) > 1 else "")
         for number, (task, known) in enumerate(zip(compared, counts, strict=True), 1)
     ]
-    write_atomically(out / "index.html", page.render(compared, pictures, counts, skipped))
-    return f"index.html, {sum(map(len, pictures))} pictures and three CSV files"
+    drawn = [figures.draw_sweep(swept, key, name, out) for key, name in curves.items()]
+    write_atomically(out / "index.html", page.render(compared, pictures, counts, skipped, drawn))
+    return f"index.html, {len(drawn) + sum(map(len, pictures))} pictures and three CSV files"
 
 
 def _counts(task: Task) -> np.ndarray | None:

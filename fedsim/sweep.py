@@ -1,7 +1,7 @@
 """Many runs on one Ray cluster, one table at the end; ``fedsim/grid.py`` says which runs.
 
 Ray Tune gives every run a process and a placement group of its own, starts as many as fit, starts those again that
-crash, which then go on from their checkpoints, and, where asked, stops early those that fall behind. Only ``_on_tune``
+crash, which then go on from their checkpoints, and, where asked, stops early those that fall behind. Only ``_cluster``
 and below know of Tune; the rest holds wherever runs are executed. Data, cached tokens and pre-trained backbones lie in
 the cache's files, of which a machine holds one copy in memory.
 """
@@ -17,7 +17,7 @@ import signal
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from fedsim.tracking import Record
 from fedsim.uri import is_uri
 
 LOCK = ".lock"
+TUNES = ".tune"  # Tune's own folder, while it runs
 RETRIES = 2  # of a run whose process died
 STOPPED = "stopped"  # a file in the folder of a run that was stopped early: after which round
 HALVING = 3  # of so many runs one goes on
@@ -71,7 +72,8 @@ def run_sweep(
 
     Raises:
         OutputError: ``out`` is of something else, in use, a URI, relative on a cluster, or cannot be written.
-        ConfigError: ``out`` holds runs of another configuration, or early stopping would look at the test split.
+        ConfigError: ``out`` holds runs of another configuration, early stopping would look at the test split, or the
+            cluster has no room for a run.
     """
     if early_stop and not all(config.eval.validation for config in configs.values()):
         raise ConfigError(["--early-stop: would choose by the test split; set eval.validation=0.2"])
@@ -81,24 +83,25 @@ def run_sweep(
     refuse_relative("--out", str(out), next(iter(configs.values())).backend)
     _refuse_other(out, sweep, configs)
     with _alone(out):
-        write_atomically(out / "sweep.yaml", f"# {again}\n{sweep.to_yaml()}")
-        left = [found for found in runs if not _ended(out / found.name)]
+        left = {found.name: configs[found.name] for found in runs if not _ended(out / found.name)}
         at_once = f"{jobs} at a time" if jobs else "as many at a time as fit"
         _say(console, f"{len(runs)} runs, {len(runs) - len(left)} of them finished before; {at_once}, in {out}")
-        board = Board(runs, out, console)
-        try:
-            if left:
-                _on_tune({found.name: configs[found.name] for found in left}, out, board, jobs, early_stop)
-        except KeyboardInterrupt:
-            _say(console, f"interrupted; go on with: {again}")
-            raise
-        finally:
-            board.close()
+        with _cluster(left, out) if left else nullcontext():
+            # Not before all that may refuse it: the corrected command finds no other sweep in the folder.
+            write_atomically(out / "sweep.yaml", f"# {again}\n{sweep.to_yaml()}")
+            board = Board(runs, out, console)
+            try:
+                if left:
+                    _on_tune(left, out, board, jobs, early_stop)
+            except KeyboardInterrupt:
+                _say(console, f"interrupted; go on with: {again}")
+                raise
+            finally:
+                board.close()
         rows = write_results(out, runs, board.failed)
     if rows:
         console.print(seeds_table(rows))
-        report([out], out / "report", Console(quiet=True))
-        _draw(sweep, rows, out / "report")
+        report([out], out / "report", Console(quiet=True), rows, _curves(sweep, rows))
     for line in board.failed.values():
         _say(console, line)
     then = f"; try again with: {again}" if board.failed else ""
@@ -106,15 +109,13 @@ def run_sweep(
     return not board.failed
 
 
-def _draw(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """A picture for each key of the grid whose values are three numbers or more."""
-    try:
-        from fedsim import figures
-    except ModuleNotFoundError:
-        return  # `report` has said what it takes
-    for key in (key for key in sweep.grid if key != "seed"):
-        if all(_is_number(row[key]) for row in rows) and len({row[key] for row in rows}) > 2:
-            figures.draw_sweep(rows, key, folder / f"sweep-{key.rpartition('.')[2]}.png")
+def _curves(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The keys of the grid whose values are three numbers or more, and what they are called in the table."""
+    return {
+        key: name
+        for key, name in sweep.short.items()
+        if key != "seed" and all(_is_number(row[key]) for row in rows) and len({row[key] for row in rows}) > 2
+    }
 
 
 def _is_number(text: str) -> bool:
@@ -249,8 +250,13 @@ class Board(tune.Callback):
         return table
 
 
-def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int | None, early_stop: bool) -> None:
-    """All runs, each as a trial."""
+@contextmanager
+def _cluster(configs: Mapping[str, Config], out: Path) -> Iterator[None]:
+    """A Ray cluster with room for each of the runs, and what they share on it.
+
+    Raises:
+        ConfigError: there is no room for one of them, or it would start a dashboard that asks nobody for a token.
+    """
     # Tune would move every run into a folder of its own, keep logs beside ours, take Ctrl-C for itself, print a box.
     own = {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -258,37 +264,40 @@ def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int |
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    os.environ.update(own)
+    os.environ.update(own)  # before Ray starts processes, which inherit them
+    with ExitStack() as undone:
+        undone.callback(shutil.rmtree, out / TUNES, ignore_errors=True)
+        if connect(next(iter(configs.values())).backend, f"sweep-{uuid.uuid4().hex[:6]}"):
+            undone.callback(ray.shutdown)
+        _refuse_too_large(configs, ray.cluster_resources())
+        weights = Weights.options(name="weights").remote()  # type: ignore[attr-defined]
+        undone.callback(ray.kill, weights)
+        yield
+
+
+def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int | None, early_stop: bool) -> None:
+    """All runs, each as a trial."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told by the board and the runs' logs
     most = 1 + max(config.rounds for config in configs.values())  # who gets to the last round writes its results
     every = max(config.eval.every for config in configs.values())
     asha = tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)
-    ours = connect(next(iter(configs.values())).backend, f"sweep-{uuid.uuid4().hex[:6]}")
-    weights = Weights.options(name="weights").remote()  # type: ignore[attr-defined]
-    try:
-        trainable = tune.with_parameters(_trial, configs=dict(configs), out=out.absolute())
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, lambda point: _resources(configs[point["run"]])),
-            param_space={"run": tune.grid_search(list(configs))},
-            tune_config=tune.TuneConfig(
-                metric="accuracy", mode="max", max_concurrent_trials=jobs, scheduler=asha if early_stop else None
-            ),
-            run_config=tune.RunConfig(
-                name=".tune",
-                storage_path=str(out.absolute()),
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[board],
-                verbose=0,
-            ),
-        )
-        with terminate_as_interrupt(signal.SIGTERM, signal.SIGHUP):  # Ray, when it starts, sets handlers of its own
-            tuner.fit()
-    finally:
-        if ours:
-            ray.shutdown()
-        else:
-            ray.kill(weights)
-        shutil.rmtree(out / ".tune", ignore_errors=True)
+    trainable = tune.with_parameters(_trial, configs=dict(configs), out=out.absolute())
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, lambda point: _resources(configs[point["run"]])),
+        param_space={"run": tune.grid_search(list(configs))},
+        tune_config=tune.TuneConfig(
+            metric="accuracy", mode="max", max_concurrent_trials=jobs, scheduler=asha if early_stop else None
+        ),
+        run_config=tune.RunConfig(
+            name=TUNES,
+            storage_path=str(out.absolute()),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[board],
+            verbose=0,
+        ),
+    )
+    with terminate_as_interrupt(signal.SIGTERM, signal.SIGHUP):  # Ray, when it starts, sets handlers of its own
+        tuner.fit()
 
 
 def _resources(config: Config) -> tune.PlacementGroupFactory:
@@ -299,6 +308,18 @@ def _resources(config: Config) -> tune.PlacementGroupFactory:
     share = gpu_fraction(backend)
     unit = {"GPU": share} if share else {"CPU": float(backend.threads)}
     return tune.PlacementGroupFactory([{}, *[unit] * (backend.simulators or 1)])
+
+
+def _refuse_too_large(configs: Mapping[str, Config], room: Mapping[str, float]) -> None:
+    """A run that the whole cluster has no room for would wait for ever."""
+    needed = [_resources(config).required_resources for config in configs.values()]
+    mistakes = [
+        f"backend: a run of the sweep takes {amount:g} {kind}, and the cluster has {room.get(kind, 0):g}; choose fewer "
+        "backend.simulators or backend.threads"
+        for own in needed for kind, amount in own.items() if amount > room.get(kind, 0)
+    ]  # fmt: skip
+    if mistakes:
+        raise ConfigError(list(dict.fromkeys(mistakes)))
 
 
 def _trial(point: Mapping[str, str], configs: Mapping[str, Config], out: Path) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from PIL import Image
+from rich.console import Console
 from run_folders import write_run
 
 import fedsim
 from fedsim.__main__ import main
+from fedsim.report import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ODD = 'x <i>&"$a$'  # a folder's name that HTML, SVG and matplotlib must not take for theirs
@@ -227,6 +229,25 @@ def test_the_files_hold_a_line_a_run_a_row_and_a_client(made):
     clients = rows(made / "clients.csv")
     assert len(clients) == 6 * 4
     assert [clients[1][key] for key in ("row", "seed", "client", "accuracy")] == ["ditto", "0", "1.0", "0.4"]
+
+
+def test_what_a_sweep_draws_against_its_settings_leads_the_page(tmp_path):
+    write_run(tmp_path / "run", [0.5] * 4)
+    swept = [
+        {"runs": f"{variant} server_lr=10 lr={lr}", "local.lr": lr, "accuracy.mean": accuracy,
+         "accuracy.mean.std": None, "seconds.total": 1.0, "seconds.total.std": 0.5}
+        for variant, accuracy in (("one", 0.25), ("two", 0.75)) for lr in ("100", "10", "1000")
+    ]  # fmt: skip
+    report([tmp_path / "run"], tmp_path / "out", Console(quiet=True), swept, {"local.lr": "lr"})
+    html = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'role="img" aria-label="([^"]+)"><?\s*(<svg.*?</svg>)', html, re.DOTALL)
+    title, picture = pictures[0]
+    assert (title, pictures[1][0]) == ("Accuracy and seconds by local.lr", "Accuracy against rounds")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+    assert [texts.count(text) for text in ("10", "100", "1000", "local.lr")] == [2] * 4  # on both axes
+    assert [text for text in texts if "server_lr" in text] == ["one server_lr=10", "two server_lr=10"]  # the legend
+    with Image.open(tmp_path / "out" / "sweep-lr.png") as image:
+        assert image.width > 1000
 
 
 def test_without_what_draws_the_table_and_the_files_are_made(tmp_path, capsys, monkeypatch):

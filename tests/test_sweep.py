@@ -9,6 +9,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,13 @@ def test_a_runs_own_configuration_runs_again_although_its_path_has_an_equals_sig
     assert "name: local" in capsys.readouterr().out
 
 
-def test_an_interrupt_ends_the_runs_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sweeps whose runs are none."""
+    monkeypatch.setattr(sweeping, "_cluster", lambda *_: nullcontext())
+
+
+def test_an_interrupt_ends_the_runs_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, no_cluster):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -375,7 +382,7 @@ class Trial:
         self.config, self.status, self.error_file = {"run": name}, "RUNNING", None
 
 
-def test_a_run_that_was_stopped_early_is_told_of_and_not_begun_again(tmp_path, capsys, monkeypatch):
+def test_a_run_that_was_stopped_early_is_told_of_and_not_begun_again(tmp_path, capsys, monkeypatch, no_cluster):
     monkeypatch.chdir(tmp_path)
 
     def stops_the_first(configs: Any, out: Path, board: sweeping.Board, *_: Any) -> None:
@@ -419,17 +426,52 @@ def test_a_run_reserves_a_place_for_each_of_its_simulators(monkeypatch):
     assert bundles(*on_ray) == [{"GPU": 0.25}, {"GPU": 0.25}]
 
 
-def test_a_picture_for_each_key_of_numbers(tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "report").mkdir()
-    sweep, _ = plan(None, ["algorithm=fedavg,local", "cohort=2,4,8", "backend.block_size=4,8"])
-    rows = [
-        {"runs": run.label, **run.swept, "accuracy.mean": 0.5, "accuracy.mean.std": None, "seconds.total": 1.0,
-         "seconds.total.std": None} for run in sweep.runs()
-    ]  # fmt: skip
-    sweeping._draw(sweep, rows, tmp_path / "report")
-    assert [file.name for file in (tmp_path / "report").iterdir()] == ["sweep-cohort.png"]
-    assert (tmp_path / "report" / "sweep-cohort.png").read_bytes().startswith(b"\x89PNG")
+def test_a_run_that_would_wait_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr(sweeping, "gpu_fraction", lambda backend: 0.5 * (backend.per_gpu == 2))
+    configs = {
+        name: load(None, [*TINY, "backend=ray", "backend.threads=2", f"backend.simulators={n}", f"backend.per_gpu={g}"])
+        for name, n, g in (("fits", 2, 1), ("cpu", 3, 1), ("again", 3, 1), ("gpu", 4, 2))
+    }
+    sweeping._refuse_too_large({"fits": configs["fits"]}, {"CPU": 4.0})
+    with pytest.raises(ConfigError) as caught:
+        sweeping._refuse_too_large(configs, {"CPU": 4.0, "GPU": 1.0})
+    advice = "; choose fewer backend.simulators or backend.threads"
+    assert caught.value.mistakes == [
+        f"backend: a run of the sweep takes 6 CPU, and the cluster has 4{advice}",
+        f"backend: a run of the sweep takes 2 GPU, and the cluster has 1{advice}",
+    ]
+
+
+def test_a_sweep_that_is_refused_leaves_its_folder_to_the_corrected_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(sweeping, "connect", lambda *_: False)
+        patched.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+        (line,) = refused([*TINY, "seed=0,1", "backend.threads=3", "--out", "out"], capsys)
+    assert line.startswith("backend: a run of the sweep takes 3 CPU, and the cluster has 2; ")
+    assert [path.name for path in Path("out").iterdir()] == [sweeping.LOCK]
+
+    monkeypatch.setattr(sweeping, "_cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(sweeping, "_on_tune", lambda configs, *_: begun.extend(configs))
+    begun: list[str] = []
+    assert main(["sweep", *TINY, "seed=0,1", "backend.threads=2", "--out", "out"]) == 0
+    assert begun == ["seed=0", "seed=1"] and "backend.threads=2" in Path("out/sweep.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "curves"),
+    [
+        (["algorithm=fedavg,local", "cohort=2,4,8", "backend.block_size=4,8", "seed=0,1,2"], {"cohort": "cohort"}),
+        (["local.lr=0.1,0.2,0.3", "cohort=2,4,0.5"], {"local.lr": "lr", "cohort": "cohort"}),
+        (
+            ["algorithm=pfedseq", "local.lr=0.1,0.2,0.3", "algorithm.lr=0.1,0.2,0.3"],
+            {"local.lr": "local.lr", "algorithm.lr": "algorithm.lr"},
+        ),
+    ],
+)
+def test_a_picture_for_each_key_of_three_numbers(settings, curves):
+    sweep, _ = plan(None, settings)
+    assert sweeping._curves(sweep, [run.swept for run in sweep.runs()]) == curves
 
 
 # Runs in processes of their own --------------------------------------------------------------------------------------
