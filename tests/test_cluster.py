@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -170,6 +171,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             subprocess.run(token, env=env, check=True, capture_output=True)
             join(started, head, env, home / "head.log", address.is_file)
             node = [word.replace("HEAD:6379", address.read_text().strip()) for word in node] + apart
+            node += ["--temp-dir", str(home / "node")]  # in one that both have, each unpacks jobs' folders anew
             found = Cluster(shared, work, env)
             join(
                 started,
@@ -215,7 +217,7 @@ def test_a_submitted_run_is_carried_by_both_nodes_and_is_that_of_one_process(clu
 
 
 def test_a_stopped_job_is_told_how_to_go_on_and_does(cluster, undisturbed):
-    _, submit, stop, resume = commands("As a job")
+    _, submit, stop, resume, _ = commands("As a job")
     folder, pipe = cluster.shared / "runs" / "stopped", cluster.shared / "pipe"
     os.mkfifo(pipe)
     cluster.job([*submit[:3], "--no-wait", *submit[3:]], "stopped")
@@ -232,6 +234,30 @@ def test_a_stopped_job_is_told_how_to_go_on_and_does(cluster, undisturbed):
 
     assert f"resuming {folder} after round 2 of 4" in cluster.job(resume, "stopped")
     assert results(folder) == undisturbed
+
+
+def test_the_runs_of_a_submitted_sweep_are_on_both_nodes_and_are_those_of_one_process(cluster, monkeypatch):
+    *_, submit = commands("As a job")
+    small = ["rounds=2", "backend=local"]
+    cluster.job([*("seed=0,1" if word == "seed=0,1,2" else word for word in submit), *small], "both")
+    sweep = cluster.shared / "sweeps" / "both"
+    monkeypatch.syspath_prepend(cluster.work)
+    for seed in (0, 1):
+        alone = cluster.shared / f"alone-{seed}"
+        settings = [f"seed={seed}", *small, f"output={alone}"]
+        assert main(["run", str(cluster.work / "my.yaml"), *settings]) == 0
+        assert results(sweep / f"seed={seed}") == results(alone)
+    with (sweep / "results.csv").open(newline="", encoding="utf-8") as lines:
+        found = [(row["run"], row["seed"], row["status"], row["accuracy.mean"]) for row in csv.DictReader(lines)]
+    assert found == [
+        (f"seed={seed}", str(seed), "finished", str(results(cluster.shared / f"alone-{seed}")[0]["accuracy"]["mean"]))
+        for seed in (0, 1)
+    ]
+    assert (sweep / "report" / "index.html").is_file()
+
+    nodes = [actor["node_id"] for actor in cluster.state("actors") if actor["class_name"] == "ImplicitFunc"]  # Tune's
+    assert len(nodes) == 2
+    assert {*nodes} == {node["node_id"] for node in cluster.state("nodes")}
 
 
 def test_nobody_without_the_token_submits_anything(cluster):

@@ -31,7 +31,7 @@ from fedsim.config import Config
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-RUN = ("index.md", "tutorial.md", "how-to/algorithm.md", "how-to/env.md", "how-to/adapter.md")
+RUN = ("index.md", "tutorial.md", "sweeps.md", "how-to/algorithm.md", "how-to/env.md", "how-to/adapter.md")
 SMALL = ["rounds=1", *(text for text in TINY if re.match(r"(model|adapter|backend)\b", text))]
 
 
