@@ -7,7 +7,7 @@
 here. ``run`` measures on two cores. One update: 64 images, batch 16, 4 SGD steps on bottleneck adapters of width 8 in
 every block of a ViT-Ti and on a 10-way head; 16 clients a round at 64 px, 32 at 32 px, every client in every round.
 
-- fedsim: Ray, two simulators of one thread.
+- fedsim: Ray, two simulators of one thread, a block each: of 8 clients at 64 px, of 16 at 32 px.
 - flower: ``run_simulation``, two workers of one thread (`peer_flower.py`).
 - pfl, processes: ``torchrun``, two of one thread (`peer_pfl.py`); pfl, threads: the same in one process of two.
 
@@ -51,6 +51,7 @@ PINNED = ("flwr[simulation]==1.41.0", "ray==2.55.1", "pfl==0.6.0")
 SHARED = ("torch", "torchvision", "timm", "numpy")  # of one version on both sides: the same kernels
 MODEL, IMAGES, BATCH, WIDTH, CLASSES, LR, SEED, PROCESSES = "vit_tiny_patch16_224", 64, 16, 8, 10, 0.05, 0, 2
 CLIENTS = {64: 16, 32: 32}  # a round, by the edge of the image
+BLOCKS = {64: 8, 32: 16}  # of fedsim: so that each simulator has one
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}")
 PEERS = {
     "flower": ("peer_flower.py",),
@@ -158,8 +159,8 @@ def difference(ours: Values, theirs: Values, start: Values) -> float:
 
 def measure(size: int, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """One row for each peer and each pair of precisions, of one size."""
-    clients = options.clients or CLIENTS[size]
-    ours = {kind: Fedsim(size, clients, kind, options.block_size) for kind in options.precision}
+    clients, block_size = options.clients or CLIENTS[size], options.block_size or BLOCKS[size]
+    ours = {kind: Fedsim(size, clients, kind, block_size) for kind in options.precision}
     plan = next(iter(ours.values())).plan
     start = named(plan.workload.task.layout, plan.params)
     settings = {
@@ -191,7 +192,7 @@ def measure(size: int, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
                 "peer_updates_per_second": statistics.median(b for _, b in pairs),
                 "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
                 "difference": difference(turns["fedsim", theirs][0].average, played[0].average, start),
-                "pairs": options.pairs, "rounds": options.rounds, "block_size": options.block_size,
+                "pairs": options.pairs, "rounds": options.rounds, "block_size": block_size,
                 "processes": PROCESSES, "machine": machine(), "load_before": options.load,
                 "peer_versions": played[0].versions, **versions(),
             }  # fmt: skip
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="that count, in a turn")
     parser.add_argument("--clients", type=int, help="a round; default: 16 at 64 px, 32 at 32 px")
-    parser.add_argument("--block-size", type=int, default=8, help="of fedsim")
+    parser.add_argument("--block-size", type=int, help="of fedsim; default: 8 at 64 px, 16 at 32 px")
     parser.add_argument("--out", type=Path, help="append the results as JSON lines")
     options = parser.parse_args()
     options.env = options.env.absolute()
