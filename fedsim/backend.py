@@ -11,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ class LocalBackend(Backend):
         torch.set_num_threads(workload.config.backend.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.server, self.simulator = Server(workload, params), Simulator(workload, device)
+            self.server = Server(workload, params)
+            self.simulator = Simulator(replace(workload, frozen=workload.weights()), device)
         except BaseException:
             self.close()
             raise

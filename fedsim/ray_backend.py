@@ -74,7 +74,7 @@ class RayBackend(Backend):
         try:
             self.gpu_fraction, simulators = _size_pool(self.config)
             # Apart: the server needs no weights, and the runs of a sweep share them.
-            self._workload, self._frozen = ray.put(replace(workload, frozen={})), put_frozen(workload.frozen)
+            self._workload, self._frozen = ray.put(replace(workload, frozen={})), put_frozen(workload.weights())
             self._central = self._start_central()
             self._start_pool(simulators)
         except BaseException:

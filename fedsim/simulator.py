@@ -17,6 +17,7 @@ from fedsim.config import Config, algorithm_class
 from fedsim.env import FederatedData
 from fedsim.errors import ClientError, FedsimError
 from fedsim.local import LocalContext
+from fedsim.models.frozen import halved
 from fedsim.models.vit import VitModel
 from fedsim.samples import Samples
 
@@ -42,6 +43,10 @@ class Workload:
     data: FederatedData
     frozen: dict[str, np.ndarray]
     unseen: frozenset[int] = frozenset()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The backbone's tensors as simulators compute with them."""
+        return halved(self.frozen) if self.config.precision == "bf16" else self.frozen
 
     def algorithm(self) -> Algorithm:
         choice = self.config.algorithm

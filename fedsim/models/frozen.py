@@ -1,13 +1,17 @@
-"""Frozen linear layers, by oneDNN where that is faster.
+"""Frozen linear layers, as cheap as they can be had.
 
-torch gives products in fp32 to MKL, whose kernels for AMD's processors stop at AVX2; those of oneDNN have AVX-512, and
+In fp32 torch gives products to MKL, whose kernels for AMD's processors stop at AVX2; those of oneDNN have AVX-512, and
 take half the time (``docs/performance.md``). The operator is the one that torch's own compiler puts there.
+
+In bf16 autocast would cast every matrix anew in each pass. They are cast once, before simulators share them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +39,21 @@ def freeze(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
+
+
+def halved(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Backbone tensors with their matrices in bf16; numpy has no such numbers, and takes their bits for ``uint16``."""
+    return {
+        name: torch.tensor(value).bfloat16().view(torch.uint16).numpy()
+        if value.ndim == 2 and name.endswith("weight")
+        else value
+        for name, value in frozen.items()
+    }
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``halved`` made, as bf16; other tensors as they are."""
+    return {name: t.view(torch.bfloat16) if t.dtype == torch.uint16 else t for name, t in tensors.items()}
 
 
 class _Product(torch.autograd.Function):

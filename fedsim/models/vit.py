@@ -26,7 +26,7 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError, nearest
 from fedsim.layout import Layout
 from fedsim.models.adapters import ClientModule, Head, attach
-from fedsim.models.frozen import freeze
+from fedsim.models.frozen import freeze, unpacked
 from fedsim.models.lean import without_compiler
 
 with without_compiler():
@@ -144,11 +144,11 @@ class VitModel:
         precision: str = "fp32",
         extra: tuple[str, ...] = (),
     ) -> None:
-        """Builds it; ``frozen`` are backbone tensors that are shared, not copied (see ``frozen_arrays``).
+        """Builds it; ``frozen`` are backbone tensors that are shared, not copied (see ``frozen_arrays``, ``halved``).
 
         ``extra``: what the row has beside an adapter and a head (``Algorithm.extra``).
         """
-        backbone = create_backbone(model) if frozen is None else filled(model, as_tensors(frozen))
+        backbone = create_backbone(model) if frozen is None else filled(model, unpacked(as_tensors(frozen)))
         self.module = AdaptedVit(backbone, adapter, classes, extra).eval().to(device)
         self.layout = Layout.of([(name, tuple(p.shape), group) for name, group, p in self.module.trainables()])
         self.device = torch.device(device)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedsim.models import frozen
-from fedsim.models.frozen import FrozenLinear, freeze
+from fedsim.models.frozen import FrozenLinear, freeze, halved, unpacked
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "torch"])
@@ -73,3 +74,14 @@ def test_freezing_keeps_tensors_and_their_names() -> None:
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert [type(module) for module in model] == [FrozenLinear, nn.LayerNorm]
+
+
+def test_matrices_are_halved_and_nothing_else() -> None:
+    arrays = {"weight": np.array([[1.0, 1 + 2**-9]], dtype=np.float32), "bias": np.array([1 + 2**-9], dtype=np.float32)}
+    arrays["pos_embed"] = np.full((1, 1, 1), 1 + 2**-9, dtype=np.float32)
+    packed = halved(arrays)
+    assert packed["weight"].dtype == np.uint16 and packed["bias"] is arrays["bias"]
+    found = unpacked({name: torch.from_numpy(value) for name, value in packed.items()})
+    assert found["weight"].dtype == torch.bfloat16 and found["weight"].tolist() == [[1.0, 1.0]]  # a step is 2^-7
+    assert found["bias"].tolist() == [1 + 2**-9] and found["pos_embed"].dtype == torch.float32
+    assert arrays["weight"][0, 1] == np.float32(1 + 2**-9)

@@ -20,7 +20,7 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError
 from fedsim.local import LocalContext
 from fedsim.models.adapters import OUTPUTS
-from fedsim.models.frozen import freeze
+from fedsim.models.frozen import freeze, halved
 from fedsim.models.vit import (
     AdaptedVit,
     VitModel,
@@ -253,6 +253,14 @@ def test_over_frozen_arrays_it_is_the_same_model(name: str, options: dict[str, i
     with torch.no_grad():
         expected = backbone(shared.pixels(images)[0])
     assert torch.equal(shared.features(torch.zeros(1, shared.layout.size), images)[0], expected)
+
+
+def test_in_bf16_halved_matrices_are_what_autocast_makes_of_them(frozen: dict[str, np.ndarray]) -> None:
+    models = [VitModel(MODEL, adapters("lora"), CLASSES, own, precision="bf16") for own in (frozen, halved(frozen))]
+    rows, images = random_rows(models[0], 2).requires_grad_(), random_images(2, 3)
+    logits = [model.logits(rows, images) for model in models]
+    assert torch.equal(*logits)
+    assert torch.equal(*(torch.autograd.grad(own.square().sum(), rows)[0] for own in logits))
 
 
 def test_read_only_arrays_are_taken_without_a_warning(
