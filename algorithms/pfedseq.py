@@ -184,15 +184,16 @@ class PFedSeq(Algorithm):
             new_rows = {"last": residuals} if self.config.tokens == "residual" else {"last": residuals, "update": delta}
             # Within a round there is no time: by norm, not by id, so that renaming the clients changes nothing.
             order = residuals.norm(dim=1).argsort()
-            tokens = self._tokens(residuals, new_rows.get("update"))[order]
-            server["history"].append(cohort.round, cohort.ids[order], tokens)
+            tokens = server["calibrator"].arranged(self._tokens(residuals, new_rows.get("update")))
+            new = tokens[order]
+            server["history"].append(cohort.round, cohort.ids[order], new)
             held = server["history"].tokens()
-            memory = self._remember(server, held, tokens)
+            memory = self._remember(server, held, new)
             seconds = {"learner": time.perf_counter() - start}
             metrics = {
                 **trained,
                 **{f"mix_{b}": float(share) for b, share in enumerate(mix)},
-                **self._attention(server, cohort, held, self._tokens(residuals, new_rows.get("update"))),
+                **self._attention(server, cohort, held, tokens),
                 "calibration_norm": float(calibrations.norm(dim=1).mean()),
                 "residual_norm": float(residuals.norm(dim=1).mean()),
                 "learner_mib": sum(4 * parameter.numel() for parameter in server["calibrator"].parameters()) / 2**20,
@@ -201,10 +202,13 @@ class PFedSeq(Algorithm):
         changed = {"w": server["w"] + mean, "memory": memory, "mix": mix, "metrics": metrics, "seconds": seconds}
         return {**server, **changed}, new_rows
 
-    def _attention(self, server: ServerState, cohort: Cohort, held: Tensor, queries: Tensor) -> dict[str, float]:
-        """Shares of the cohort's own and of others' tokens in its answers, by age in rounds; ``held``: all tokens."""
+    def _attention(self, server: ServerState, cohort: Cohort, held: Tensor, tokens: Tensor) -> dict[str, float]:
+        """Shares of the cohort's own and of others' tokens in its answers, by age in rounds.
+
+        ``held``: all tokens of the history; ``tokens``: the cohort's.
+        """
         history = server["history"]
-        shares = server["calibrator"].attention(held, queries)
+        shares = server["calibrator"].attention(held, tokens)
         if shares is None or self.config.order == "per_client":
             return {}
         own, age = cohort.ids[:, None] == history.clients(), cohort.round - history.rounds()

@@ -2,6 +2,9 @@
 
 A token is what one client's round left behind: a vector ``[d]``. A window says which are kept: the newest few of each
 client, or those of the newest rounds. There are never more than ``capacity``; past it, the oldest make room.
+
+They lie in time order in an array that is half as long again: new ones follow the old, and now and then all move to its
+front. So all of them are read without a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class History(Journaled):
         rounds: tokens older than so many rounds, counted back from the newest token's, are dropped.
         per_client: a client's tokens but its so many newest are dropped; they take no room from other clients'.
         dtype: ``fp32``, or ``bf16``: half the bytes, 8 significant bits.
-        budget_bytes: larger than this, the tokens lie in a memory-mapped file in the system's temporary folder.
+        budget_bytes: where the array is larger, it is a memory-mapped file in the system's temporary folder.
     """
 
     def __init__(
@@ -48,22 +51,23 @@ class History(Journaled):
         self.capacity, self.dim = capacity, dim
         self._window_rounds, self._per_client = rounds, per_client
         row = dim * _DTYPES[dtype].itemsize  # in bytes, since numpy has no bfloat16
-        stored = allocate((capacity, row), np.dtype(np.uint8), on_disk=capacity * row > budget_bytes)
+        rows = _rows(capacity)
+        stored = allocate((rows, row), np.dtype(np.uint8), on_disk=rows * row > budget_bytes)
         self._tokens = torch.from_numpy(stored).view(_DTYPES[dtype])
         self.clear()
 
     @staticmethod
     def memory_bytes(capacity: int, dim: int, dtype: str = "fp32", budget_bytes: int = BUDGET_BYTES) -> int:
-        """Bytes of memory that the tokens take once it is full, without the copies that reading makes."""
-        return min(capacity * dim * _DTYPES[dtype].itemsize, budget_bytes)
+        """Bytes of memory that the tokens take once it is full, without the copies that reading bf16 makes."""
+        return min(_rows(capacity) * dim * _DTYPES[dtype].itemsize, budget_bytes)
 
     def clear(self) -> None:
-        # Of each token held, in time order: its place in the array, its client, its round.
-        self._places, self._clients, self._rounds = (torch.zeros(0, dtype=torch.int64) for _ in range(3))
+        self._start = 0  # the oldest one's row
+        self._clients, self._rounds = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
         self._unsaved = 0  # the newest ones, which no checkpoint has yet
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._clients)
 
     def append(self, round: int, clients: Tensor, tokens: Tensor) -> None:
         """Adds copies of the tokens ``[M, d]`` of ``clients [M] int64`` in this round, the latest so far.
@@ -80,13 +84,24 @@ class History(Journaled):
         clients, rounds = torch.cat([self._clients, clients]), torch.cat([self._rounds, rounds])
         kept = self._kept(clients, rounds)
         old, new = kept[kept < held], kept[kept >= held] - held
-        free = torch.ones(self.capacity, dtype=torch.bool)
-        free[self._places[old]] = False
-        places = free.nonzero()[: len(new), 0]
-        self._tokens[places] = tokens.detach()[new].to(self._tokens)
-        self._places = torch.cat([self._places[old], places])
+        end = self._make_room(old, len(new))
+        self._tokens[end : end + len(new)] = tokens.detach()[new].to(self._tokens)
         self._clients, self._rounds = clients[kept], rounds[kept]
         self._unsaved = int((kept >= held - self._unsaved).sum())
+
+    def _make_room(self, old: Tensor, more: int) -> int:
+        """Drops all tokens but ``old``, indices in time order; gives the first of ``more`` free rows behind them."""
+        oldest = int(old[0]) if len(old) else 0
+        in_a_row = not len(old) or int(old[-1]) - oldest == len(old) - 1
+        if in_a_row and self._start + oldest + len(old) + more <= len(self._tokens):
+            self._start += oldest
+        else:
+            moved = 0
+            for some in old.split(max(1, PART_BYTES // self._token_bytes)):  # what a part covers has moved before
+                self._tokens[moved : moved + len(some)] = self._tokens.index_select(0, self._start + some)
+                moved += len(some)
+            self._start = 0
+        return self._start + len(old)
 
     def _kept(self, clients: Tensor, rounds: Tensor) -> Tensor:
         """Which of these tokens, in time order, the window and the capacity leave: their indices, ascending."""
@@ -98,8 +113,12 @@ class History(Journaled):
         return kept.nonzero()[-self.capacity :, 0]
 
     def tokens(self, newest: int | None = None) -> Tensor:
-        """All L tokens, or so many of the newest, ``[L, d] float32``, in time order; a copy."""
-        return self._tokens[self._places if newest is None else self._places[-newest:]].float()
+        """All L tokens, or so many of the newest, ``[L, d] float32``, in time order.
+
+        In fp32 they are no copy: to be read only, and only until the next ``append``.
+        """
+        end = self._start + len(self)
+        return self._tokens[self._start if newest is None else max(self._start, end - newest) : end].float()
 
     def clients(self) -> Tensor:
         """``[L] int64``, whose token each is; a copy."""
@@ -117,7 +136,7 @@ class History(Journaled):
         """
         unique, row = ids.unique(return_inverse=True)
         theirs = torch.isin(self._clients, unique)
-        clients, places = self._clients[theirs], self._places[theirs]
+        clients, places = self._clients[theirs], self._start + theirs.nonzero()[:, 0]
         newer = _newer(clients)
         if length is None:
             length = int(newer.max()) + 1 if len(newer) else 0
@@ -147,7 +166,7 @@ class History(Journaled):
         self._unsaved = 0
         for some in new.split(max(1, PART_BYTES // self._token_bytes)) if len(new) else ():
             yield {
-                "tokens": self._tokens[self._places[some]],
+                "tokens": self._tokens[self._start + some],
                 "clients": self._clients[some],
                 "rounds": self._rounds[some],
             }
@@ -155,6 +174,11 @@ class History(Journaled):
     def apply(self, change: Mapping[str, Tensor]) -> None:
         """Appends them; of another window's tokens it keeps what its own does."""
         self._add(change["clients"], change["rounds"], change["tokens"])
+
+
+def _rows(capacity: int) -> int:
+    """Of the array: so many more than tokens that moving them all is rare."""
+    return capacity + max(1, capacity // 2)
 
 
 def _newer(clients: Tensor) -> Tensor:

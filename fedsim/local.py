@@ -230,14 +230,12 @@ class LocalContext:
     def _active_grad(self, w: Tensor, batch: Batch, loss: Loss | None = None) -> Tensor:
         w = w.detach().requires_grad_()
         losses = (loss or self.loss)(w, batch)
-        gradient = torch.autograd.grad(losses.sum(), w)[
-            0
-        ].contiguous()  # it may be an expanded view; it is changed in place
+        (gradient,) = torch.autograd.grad(losses.sum(), w)
         m, samples = batch.clients, batch.mask.sum(1)
         self.steps[:m] += samples > 0
         self.loss_sum[:m] += losses.detach() * samples
         self.loss_count[:m] += samples
-        return gradient
+        return gradient.contiguous()  # it may be an expanded view; it is changed in place
 
 
 class Optimiser:

@@ -156,15 +156,28 @@ def test_bf16_rounds_to_eight_bits(budget_bytes: int) -> None:
     assert [part["tokens"].dtype for part in history.changes()] == [torch.bfloat16]
 
 
-def test_tokens_are_copied_in_and_out() -> None:
+def test_tokens_are_copied_in_and_sequences_out() -> None:
     history, tokens = History(2, 2), torch.ones(1, 2, requires_grad=True)
     history.append(0, torch.tensor([1]), tokens)
     tokens.detach().zero_()
-    for read in (history.tokens(), history.clients(), history.rounds(), history.sequences(torch.tensor([1]))[0]):
+    assert not history.tokens().requires_grad
+    for read in (history.clients(), history.rounds(), history.sequences(torch.tensor([1]))[0]):
         assert not read.requires_grad
         read.fill_(7)
     assert history.tokens().tolist() == [[1.0, 1.0]]
     assert history.clients().tolist() == [1] and history.rounds().tolist() == [0]
+
+
+def test_tokens_are_read_without_a_copy_and_move_to_the_front_when_the_end_is_reached() -> None:
+    history = History(4, 1, rounds=2)  # an array of six
+    rows = []
+    for round in range(4):
+        history.append(round, torch.tensor([1, 2]), torch.tensor([[2.0 * round], [2.0 * round + 1]]))
+        tokens = history.tokens()
+        assert tokens.flatten().tolist() == [float(n) for n in range(max(0, 2 * round - 2), 2 * round + 2)]
+        assert history.tokens(3).flatten().tolist() == tokens.flatten().tolist()[-3:]
+        rows.append(tokens.storage_offset())
+    assert rows == [0, 0, 2, 0]
 
 
 def taken(history: History, everything: bool = False) -> list[list[int]]:
@@ -285,9 +298,9 @@ def test_a_smaller_history_takes_what_it_would_keep() -> None:
 
 def test_past_the_budget_tokens_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    History(5, 4, budget_bytes=80)  # 5 tokens x 4 float32
-    History(5, 4, budget_bytes=40, dtype="bf16")
-    for budget_bytes, dtype in ((79, "fp32"), (39, "bf16")):
+    History(5, 4, budget_bytes=112)  # an array of 7 tokens x 4 float32
+    History(5, 4, budget_bytes=56, dtype="bf16")
+    for budget_bytes, dtype in ((111, "fp32"), (55, "bf16")):
         with pytest.raises(FileNotFoundError):
             History(5, 4, budget_bytes=budget_bytes, dtype=dtype)
 
@@ -305,8 +318,8 @@ def test_the_file_is_gone_with_the_history(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_memory_bytes() -> None:
-    assert History.memory_bytes(5, 4) == 80
-    assert History.memory_bytes(5, 4, dtype="bf16") == 40
+    assert History.memory_bytes(5, 4) == 112  # of seven tokens: as many again as half of five
+    assert History.memory_bytes(5, 4, dtype="bf16") == 56
     assert History.memory_bytes(5, 4, budget_bytes=64) == 64
 
 

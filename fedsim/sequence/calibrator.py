@@ -13,13 +13,15 @@ from fedsim.sequence.learner import Learner
 from fedsim.sequence.parts import Parts
 
 Memories = list[dict[str, Any]]
-"""For each bank, its ``"memory"``, and the ``"scale"`` by which its tokens were divided."""
+"""For each bank, its ``"memory"``, and the ``"scale"`` by which its tokens were divided, if the learner wants that."""
 
 ELEMENTS_LOOKED_AT = 2**11  # of a token, in each bank
 
 
 class Calibrator(nn.Module):
     """Learners over the parts of a row. A token is a row ``[d]``, or ``views`` rows side by side ``[views d]``.
+
+    What is remembered is ``arranged`` once, when it enters the history, so that it need not be each time it is read.
 
     Args:
         parts: the row's parts.
@@ -32,43 +34,49 @@ class Calibrator(nn.Module):
         self.parts, self.views = parts, views
         self.learners = nn.ModuleList([make(views * bank.shape[1]) for bank in parts.banks])
 
-    def split(self, tokens: Tensor, parts: Parts | None = None) -> list[Tensor]:
-        """``[N, views d]`` to one ``[G, N, views k]`` a bank, of all parts or of these."""
-        views = [(parts or self.parts).split(view) for view in tokens.chunk(self.views, 1)]
+    def arranged(self, tokens: Tensor) -> Tensor:
+        """``[N, views d]`` with part lying after part, in each view."""
+        views = [self.parts.arranged(view) for view in tokens.chunk(self.views, 1)]
+        return views[0] if self.views == 1 else torch.cat(views, 1)
+
+    def _banks(self, arranged: Tensor) -> list[Tensor]:
+        """Arranged tokens ``[N, views d]`` as one ``[G, N, views k]`` a bank."""
+        views = [self.parts.cut(view) for view in arranged.chunk(self.views, 1)]
         return views[0] if self.views == 1 else [torch.cat(banks, 2) for banks in zip(*views, strict=True)]
 
-    def remember(self, tokens: Tensor, before: Memories | None = None) -> Memories:
+    def remember(self, arranged: Tensor, before: Memories | None = None) -> Memories:
         """The memories after all tokens ``[L, views d]``, or after those before and these."""
         return [
             _remember(learner, bank, None if before is None else before[b])
-            for b, (learner, bank) in enumerate(zip(self.learners, self.split(tokens), strict=True))
+            for b, (learner, bank) in enumerate(zip(self.learners, self._banks(arranged), strict=True))
         ]
 
-    def remember_each(self, sequences: Tensor) -> Memories:
-        """A memory for every client: ``[C, K, views d]``, older places empty (zero)."""
-        C = len(sequences)
-        banks = [bank.unflatten(1, (C, -1)).flatten(0, 1) for bank in self.split(sequences.flatten(0, 1))]
+    def remember_each(self, arranged: Tensor) -> Memories:
+        """A memory for every client, of its tokens ``[C, K, views d]``; older places empty (zero)."""
+        C = len(arranged)
+        banks = [bank.unflatten(1, (C, -1)).flatten(0, 1) for bank in self._banks(arranged.flatten(0, 1))]
         return [_remember(learner, bank, None) for learner, bank in zip(self.learners, banks, strict=True)]
 
     def answers(self, memories: Memories, query: Tensor, each: bool = False) -> Tensor:
         """What the memories answer to queries ``[Q, views d]``: ``[Q, d]``, of the tokens' first rows.
 
-        ``each``: the memories are those of ``remember_each``, one query a client.
+        Neither is arranged. ``each``: the memories are those of ``remember_each``, one query a client.
         """
-        banks = zip(self.learners, memories, self.split(query), strict=True)
+        banks = zip(self.learners, memories, self._banks(self.arranged(query)), strict=True)
         answers = [_read(learner, memory, bank, each) for learner, memory, bank in banks]
         return self.parts.join([answer[..., : answer.shape[2] // self.views] for answer in answers])
 
-    def attention(self, tokens: Tensor, query: Tensor) -> Tensor | None:
+    def attention(self, arranged: Tensor, asking: Tensor) -> Tensor | None:
         """Shares of the tokens ``[L, views d]`` in the answers to ``[Q, views d]``: ``[Q, L]``, the mean over parts.
 
         A share is a weight's absolute value over the sum of all; ``None`` for learners that are no weighted sums. Of
         every bank a few parts stand for all: this is for people to look at, and must not cost what the answers cost.
+        Both are arranged.
         """
         shares: list[Tensor] = []
-        few = Parts([bank[:: -(-bank.numel() // ELEMENTS_LOOKED_AT)] for bank in self.parts.banks])
-        for learner, bank, asked in zip(self.learners, self.split(tokens, few), self.split(query, few), strict=True):
-            weights = learner.attention(bank, asked)  # type: ignore[operator]
+        for learner, bank, asked in zip(self.learners, self._banks(arranged), self._banks(asking), strict=True):
+            few = slice(None, None, -(-bank.shape[0] * bank.shape[2] // ELEMENTS_LOOKED_AT))
+            weights = learner.attention(bank[few], asked[few])  # type: ignore[operator]
             if weights is None:
                 return None
             shares.append(normalize(weights.abs(), p=1, dim=2))
@@ -94,18 +102,16 @@ class Calibrator(nn.Module):
         tokens before j that were written.
 
         Args:
-            sequences: ``[C, L, views d]`` in time order; places that are zero neither ask nor are asked for.
+            sequences: ``[C, L, views d]``, arranged, in time order; places that are zero neither ask nor are asked for.
             written: ``[L] bool``, tokens that enter the memory.
             asks, targets: ``[P] int64``, the pairs' positions.
             share: of the parts of each bank that are replayed, drawn anew each time; at least one is.
             generator: draws them.
         """
         loss, total = torch.zeros(()), torch.zeros(())
-        drawn = [torch.randperm(len(bank), generator=generator)[: max(1, round(share * len(bank)))]
-                 for bank in self.parts.banks]  # fmt: skip
-        chosen = Parts([bank[some] for bank, some in zip(self.parts.banks, drawn, strict=True)])
-        for learner, bank in zip(self.learners, self.split(sequences.flatten(0, 1), chosen), strict=True):
-            some = bank.unflatten(1, sequences.shape[:2]).flatten(0, 1)
+        for learner, bank in zip(self.learners, self._banks(sequences.flatten(0, 1)), strict=True):
+            drawn = torch.randperm(len(bank), generator=generator)[: max(1, round(share * len(bank)))]
+            some = bank[drawn].unflatten(1, sequences.shape[:2]).flatten(0, 1)
             answers = learner(some / _scale(some).clamp(min=1e-12), written)[:, asks]
             asking, target = some[:, asks], some[:, targets]
             weights = target.norm(dim=2) * asking.any(2)
@@ -116,9 +122,11 @@ class Calibrator(nn.Module):
 
 def _remember(learner: nn.Module, tokens: Tensor, before: dict[str, Any] | None) -> dict[str, Any]:
     """The memory of ``[S, L, k]``; a scale that was found stays."""
+    own = [before["memory"]] if before else []
+    if learner.of_any_size:
+        return {"memory": learner.remember(tokens, *own), "scale": torch.ones(())}  # type: ignore[operator]
     scale = _scale(tokens) if before is None or not before["scale"] else before["scale"]
-    scaled = tokens / scale.clamp(min=1e-12)
-    return {"memory": learner.remember(scaled, *([before["memory"]] if before else [])), "scale": scale}  # type: ignore[operator]
+    return {"memory": learner.remember(tokens / scale.clamp(min=1e-12), *own), "scale": scale}  # type: ignore[operator]
 
 
 def _read(learner: nn.Module, bank: dict[str, Any], query: Tensor, each: bool) -> Tensor:

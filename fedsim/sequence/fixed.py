@@ -17,6 +17,8 @@ from fedsim.sequence.learner import Learner, Memory
 class Last(Learner):
     """Memory: empty."""
 
+    of_any_size = True
+
     def forward(self, tokens: Tensor, written: Tensor) -> Tensor:
         return tokens
 
@@ -29,6 +31,8 @@ class Last(Learner):
 
 class Mean(Learner):
     """Memory: ``mean [S, k]``."""
+
+    of_any_size = True
 
     def forward(self, tokens: Tensor, written: Tensor) -> Tensor:
         sums = pad(tokens[:, written].cumsum(1), (0, 0, 1, 0))  # [S, W + 1, k], the first of no token

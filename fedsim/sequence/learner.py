@@ -23,7 +23,13 @@ Memory = dict[str, Tensor]
 
 
 class Learner(nn.Module, ABC):
-    """From past tokens, and a query, to an answer; tokens best have entries of about unit size."""
+    """From past tokens, and a query, to an answer.
+
+    Attributes:
+        of_any_size: whether answers are as large as tokens are; else these best have entries of about unit size.
+    """
+
+    of_any_size = False
 
     def __init__(self, width: int, state_size: int, generator: torch.Generator) -> None:
         """``width``: k; ``state_size``: n; ``generator``: draws the parameters, all of them."""

@@ -33,6 +33,8 @@ class StateSpaceDual(Learner):
         budget_mib: memory for the states that the backward pass recomputes; None: what suits the device.
     """
 
+    of_any_size = True
+
     def __init__(
         self,
         width: int,

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize, pad, softplus
 
 from fedsim.sequence.learner import Learner, Memory
 from fedsim.sequence.scan import selective_scan
@@ -41,6 +41,7 @@ from fedsim.threads import side_by_side
 
 CACHED_ELEMENTS = 2**18  # of one temporary array, of about five
 MOST_FADING = 40.0  # log-decay over all tokens that is still divided by: exp(40) is far from float32's largest
+SHORTEST = 1e-12  # of a token's length, as in torch's `normalize`
 SAMPLED_CHANNELS = 64  # at least, for the mean fading of a token that `attention` tells
 
 
@@ -55,6 +56,8 @@ class SelectiveSSM(Learner):
         rank: of the map from a token to its delta.
         budget_mib: memory for the temporaries of a scan; None: what suits the device.
     """
+
+    of_any_size = True
 
     def __init__(
         self,
@@ -109,9 +112,9 @@ class SelectiveSSM(Learner):
 
         def states(piece: tuple[slice, list[slice]]) -> Tensor:
             s, channels = piece
-            own, blocks = tokens[s], []
-            directions = normalize(own, dim=-1)
-            keys, low = directions @ self.W_B, directions @ self.W_down
+            own, blocks = tokens[s].contiguous(), []
+            length = own.norm(dim=-1, keepdim=True).clamp(min=SHORTEST)
+            keys, low = own @ self.W_B / length, own @ self.W_down / length
             for p in channels:
                 delta = self._delta(low, p)
                 h = (torch.exp(time_left(delta) * A) * delta * own[..., p]).mT @ keys
@@ -163,14 +166,6 @@ def orthonormal(width: int, state_size: int, generator: torch.Generator) -> Tens
     drawn = torch.randn(max(width, state_size), min(width, state_size), generator=generator)
     columns = torch.linalg.qr(drawn).Q * math.sqrt(max(1.0, width / state_size))
     return columns if width >= state_size else columns.t().contiguous()
-
-
-def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))``, exact to rounding; torch's own, by log1p, takes 20 times as long on CPUs."""
-    u = torch.exp(-x.abs())
-    one_plus_u = 1 + u
-    # What 1 + u rounds off is put back to first order.
-    return x.clamp(min=0) + one_plus_u.log() + (u - (one_plus_u - 1)) / one_plus_u
 
 
 def softplus_inverse(value: float) -> float:

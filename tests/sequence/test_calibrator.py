@@ -25,7 +25,7 @@ def test_the_mean_of_the_tokens_at_the_querys_length():
     #                        a        head: classes are columns (weight, bias)
     tokens = torch.tensor([[3.0, 0, 0, 1, 0, 1, 2], [1.0, 0, 0, 3, 0, 3, 2]])
     query = torch.tensor([[0.0, 3, 4, 1, 0, 0, 5]])
-    answers = calibrator.answers(calibrator.remember(tokens), query)
+    answers = calibrator.answers(calibrator.remember(calibrator.arranged(tokens)), query)
     torch.testing.assert_close(answers, torch.tensor([[2.0, 0, 0, 2, 0, 2, 2]]))
     # Lengths of the query's parts: 5, then 1 for class 0 (1, 0), and 5 for class 1 (0, 5).
     half = 0.5**0.5
@@ -73,8 +73,8 @@ def test_the_unit_of_the_tokens_does_not_matter(name):
 
 
 def _rebuild(calibrator: Calibrator, tokens: torch.Tensor, asked: torch.Tensor, share: float = 1.0, seed: int = 0):
-    asks = asked.nonzero()[:, 0]
-    return calibrator.replay_loss(tokens[None], ~asked, asks, asks, share, torch.Generator().manual_seed(seed))
+    asks, arranged = asked.nonzero()[:, 0], calibrator.arranged(tokens)
+    return calibrator.replay_loss(arranged[None], ~asked, asks, asks, share, torch.Generator().manual_seed(seed))
 
 
 def test_replay_by_hand():

@@ -37,3 +37,5 @@ def test_rows_are_split_and_joined():
     assert [tuple(bank.shape) for bank in split] == [(2, 2, 3), (3, 2, 3), (1, 2, 4)]
     assert split[1][2].tolist() == [[5, 8, 11], [24, 27, 30]]
     assert torch.equal(parts.join(split), rows)
+    for bank, same in zip(parts.cut(parts.arranged(rows)), split, strict=True):
+        assert torch.equal(bank, same)

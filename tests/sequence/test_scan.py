@@ -10,6 +10,7 @@ from torch.nn.functional import softplus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.sequence.scan import final_state, selective_scan, selective_scan_sequential
+from fedsim.sequence.torch_scan import time_left
 
 LN2 = math.log(2)
 SCANS = {
@@ -211,3 +212,11 @@ def test_memory_stays_in_the_budget(lanes):
         grads_roomy = torch.autograd.grad(y_roomy.sum() + h_roomy.sum(), inputs)
     assert largest.nbytes >= S * L * P * n * x.element_size()
     torch.testing.assert_close((y, h, *grads), (y_roomy, h_roomy, *grads_roomy), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 100, 1025])
+def test_what_follows_a_token_is_summed_exactly(length: int) -> None:
+    delta = torch.ones(2, length, 3)
+    delta[:, -1:] = 2**-20  # beside sums of a thousand ones, float32 would lose it
+    expected = [2**-20 + after if after >= 0 else 0.0 for after in range(length - 2, -2, -1)]
+    assert time_left(delta)[1, :, 2].tolist() == torch.tensor(expected).tolist()
