@@ -7,13 +7,14 @@ reads each simulator's private memory (USS: what would be freed if it ended) bef
 Weights lie in Ray's object store and images in a memory-mapped file, so both should add next to nothing. Linux.
 
 Then plays 200 rounds of pFedSeq on drawn images, evaluated every tenth, with a checkpoint after each, and compares the
-peak of every process's resident memory after them with that after the first 20: what leaks would show.
+resident memory of every process after them with that after the first 20: what leaks would show.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from dataclasses import replace
@@ -59,13 +60,15 @@ def private_mib(model: str, clients: int) -> dict[str, float]:
 
 
 def growth() -> dict[str, float]:
-    """Peak resident memory after the last of ``ROUNDS`` over that after the first, by process; and in MiB."""
+    """Resident memory after the last of ``ROUNDS`` over that after the first, by process; and in MiB."""
     plan = prepare(load(None, [
         "algorithm=pfedseq", "model.weights=random", "eval.every=10", "backend=ray", "backend.simulators=2",
         "backend.dashboard=false",
     ]))  # fmt: skip
     backend = RayBackend(plan.workload, plan.params, "memory-growth")
-    peaks: list[dict[str, float]] = []
+    pids = {"driver": os.getpid(), "central": ray.get(backend._central.ready.remote())}
+    pids |= {f"simulator-{number}": pid for number, pid in enumerate(backend.pids())}
+    resident: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
         folder = Path(name)
         (folder / "checkpoints").mkdir()
@@ -76,11 +79,11 @@ def growth() -> dict[str, float]:
                 config = replace(plan.workload.config, rounds=rounds)
                 longer = replace(plan, workload=replace(plan.workload, config=config))
                 run_rounds(longer, backend, folder, [lines], progress)
-                peaks.append(backend.peak_memory_mib())
+                resident.append({name: psutil.Process(pid).memory_info().rss / 2**20 for name, pid in pids.items()})
         finally:
             lines.close()
             backend.close()
-    first, last = peaks
+    first, last = resident
     ratios = {f"{process}_ratio": last[process] / first[process] for process in last}
     return ratios | {f"{process}_mib": last[process] for process in last}
 

@@ -38,6 +38,7 @@ from fedsim.simulation import versions
 from fedsim.tracking import JsonLines, Tracker
 
 IMAGES, CLASSES, PX = 64, 2, 16
+BLOCK_DIM = 500_000  # of an adapter, at most
 BLOCK_WIDTH = 64  # of test_vit; its adapter of width r has 2 * 64 r + r + 64 elements, the head 64 * 2 + 2
 STAGES = ("train", "server", "checkpoint")
 Sizes = tuple[int, int, int]  # population, cohort, d
@@ -78,11 +79,12 @@ class Run:
 
     def __init__(self, sizes: Sizes, options: argparse.Namespace, folder: Path) -> None:
         population, cohort, dim = sizes
-        width = max(1, round((dim - BLOCK_WIDTH - (BLOCK_WIDTH + 1) * CLASSES) / (2 * BLOCK_WIDTH + 1)))
+        blocks = -(-dim // BLOCK_DIM)
+        width = max(1, round((dim / blocks - BLOCK_WIDTH - (BLOCK_WIDTH + 1) * CLASSES) / (2 * BLOCK_WIDTH + 1)))
         config = load(None, [
             "algorithm=scale:Kept", "env=scale:Crowd", f"env.num_clients={population}", f"cohort={cohort}",
             "model=test_vit", "model.weights=random", f"model.img_size={PX}", "model.options={patch_size: 8}",
-            "adapter=sequential", f"adapter.width={width}", "adapter.blocks=last:1", "eval.every=1000000",
+            "adapter=sequential", f"adapter.width={width}", f"adapter.blocks=last:{blocks}", "eval.every=1000000",
             f"backend={options.backend}", f"backend.simulators={options.simulators}", "backend.dashboard=false",
         ])  # fmt: skip
         self.plan: Plan = prepare(config)
