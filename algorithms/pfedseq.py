@@ -207,9 +207,10 @@ class PFedSeq(Algorithm):
 
         ``held``: all tokens of the history; ``tokens``: the cohort's.
         """
-        history = server["history"]
-        shares = server["calibrator"].attention(held, tokens)
-        if shares is None or self.config.order == "per_client":
+        if self.config.order == "per_client":
+            return {}
+        history, shares = server["history"], server["calibrator"].attention(held, tokens)
+        if shares is None:
             return {}
         own, age = cohort.ids[:, None] == history.clients(), cohort.round - history.rounds()
         of = {"own": own, "others_0": ~own & (age == 0), "others_1_3": ~own & (age > 0) & (age < 4)}
