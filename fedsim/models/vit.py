@@ -26,12 +26,13 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError, nearest
 from fedsim.layout import Layout
 from fedsim.models.adapters import ClientModule, Head, attach
+from fedsim.models.class_token import of_last_block, pools_the_class_token
 from fedsim.models.frozen import freeze, unpacked
 from fedsim.models.lean import without_compiler
 
 with without_compiler():
     import timm
-    from timm.models.vision_transformer import Block, checkpoint_filter_fn
+    from timm.models.vision_transformer import checkpoint_filter_fn
 
 EXTRA = ("adapter.personal", "head.personal")
 """Groups that an algorithm may add to the row (``Algorithm.extra``)."""
@@ -93,18 +94,11 @@ class AdaptedVit(nn.Module):
         return features if pooled else self.head(features)
 
     def _blocks(self, tokens: Tensor) -> Tensor:
-        """``[N, T, k]`` through the blocks with adapters: all tokens, or only the first where no other is pooled."""
+        """``[N, T, k]`` through the blocks with adapters: all tokens, or only the class's where no other is pooled."""
         blocks = self.backbone.blocks[self.prefix :]
-        if not len(blocks) or not self._pools_the_first(blocks[-1]):
-            return blocks(tokens)
-        x, last = blocks[:-1](tokens), blocks[-1]
-        x = x + last.drop_path1(last.ls1(last.attn(last.norm1(x))))
-        x = x[:, :1]  # the last MLP, two thirds of the block, has nothing to do with the others
-        return x + last.drop_path2(last.ls2(last.mlp(last.norm2(x))))
-
-    def _pools_the_first(self, last: nn.Module) -> bool:
-        """Whether the features are the class token's, and the last block is timm's ordinary one."""
-        return type(last) is Block and self.backbone.global_pool == "token" and self.backbone.attn_pool is None
+        if len(blocks) and pools_the_class_token(self.backbone, blocks[-1]):
+            return of_last_block(blocks[-1], blocks[:-1](tokens))
+        return blocks(tokens)
 
 
 class Pixels:

@@ -20,6 +20,7 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError
 from fedsim.local import LocalContext
 from fedsim.models.adapters import OUTPUTS
+from fedsim.models.class_token import pools_the_class_token
 from fedsim.models.frozen import freeze, halved
 from fedsim.models.vit import (
     AdaptedVit,
@@ -160,8 +161,8 @@ def test_the_last_mlp_sees_only_what_is_pooled(
         model = VitModel(config, adapters(kind, "last:1" if kind == "none" else "last:2"), CLASSES)
     rows, images, seen, found = random_rows(model, 2), random_images(2, 3), [], []
     model.module.backbone.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
-    for first in (AdaptedVit._pools_the_first, lambda self, last: False):
-        monkeypatch.setattr(AdaptedVit, "_pools_the_first", first)
+    for pools in (pools_the_class_token, lambda backbone, last: False):
+        monkeypatch.setattr("fedsim.models.vit.pools_the_class_token", pools)
         own = rows.clone().requires_grad_()
         features = model.features(own, images)
         gradient = torch.autograd.grad(model.logits(own, images).logsumexp(-1).sum(), own)[0]
@@ -551,7 +552,7 @@ def test_logits_of_two_heads_are_summed_and_each_can_be_had_alone(frozen: dict[s
     ctx = LocalContext.__new__(LocalContext)
     ctx.model = model
     assert torch.equal(ctx.head(rows, features[:1]), model.head(rows, features)[:1])
-    assert torch.equal(ctx.head(rows[:1], features)[1], model.head(rows[:1], features[1:])[0])
+    torch.testing.assert_close(ctx.head(rows[:1], features)[1], model.head(rows[:1], features[1:])[0])
 
 
 def test_an_unknown_extra_piece(frozen: dict[str, np.ndarray]) -> None:
