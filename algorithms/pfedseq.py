@@ -26,13 +26,16 @@ abstract fixes. The rest is this project's reading; docs/pfedseq.md has the reas
   of its samples, and sends their gradient at w_i along, one more vector. What it was trained on cannot tell what is
   shared from what is memorised: u_i always asks for more of r_i.
 - A client that was never seen has no residual: its calibration is zero and it is sent w; from its first update on, the
-  memory answers it like any other. One that was last seen long ago keeps its last residual as its query.
+  memory answers it like any other. One that was last seen long ago keeps its last residual as its query; with
+  ``order = per_client``, where none of its tokens is left, it gets that residual back.
+- A cohort of one client is its own average: it has no residual, and this is FedAvg.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +47,9 @@ from fedsim.schema import setting
 from fedsim.sequence import LEARNERS, make_learner
 from fedsim.sequence.calibrator import Calibrator, Memories
 from fedsim.sequence.parts import Parts
+
+STREAMING = ("ssm", "ssd")
+"""Learners whose memory is as large after many tokens as after one, and can be carried on."""
 
 
 class PFedSeq(Algorithm):
@@ -69,9 +75,10 @@ class PFedSeq(Algorithm):
             "interleaved", "one sequence of all clients' tokens, or one a client", choices=("interleaved", "per_client")
         )
         tokens: str = setting("residual", "what enters the history", choices=("residual", "update", "both"))
-        window: int = setting(10, "rounds that the history holds", low=1)
+        window: int = setting(10, "rounds that the history holds; 0: as many as per_client fills", low=0)
         per_client: int = setting(0, "newest tokens of a client that it holds; 0: all within the window", low=0)
         dtype: str = setting("fp32", "of the history", choices=("fp32", "bf16"))
+        history_mib: int = setting(4096, "memory for the history; a larger one is a memory-mapped file", low=1)
         streaming: bool = setting(False, "carry the memory on; a round adds its own tokens and nothing leaves by age")
         state_size: int = setting(64, "n, the state's size per channel", low=1)
         half_life: float = setting(10.0, "rounds after which half of a token is left, at the start", low=1e-3)
@@ -81,6 +88,14 @@ class PFedSeq(Algorithm):
         replay_tokens: int = setting(128, "newest tokens that are replayed", low=2)
         replay_parts: float = setting(0.1, "share of the parts that are replayed, drawn anew each round", low=0, high=1)
         finetune_epochs: int = setting(1, "local epochs from w_i before evaluation", low=0)
+
+        def __post_init__(self) -> None:
+            if not self.calibrated:
+                raise ValueError("calibrated: names no group; gain=0 calibrates none")
+            if not (self.window or self.per_client):
+                raise ValueError("window: 0, and per_client too: one of them has to end the history")
+            if self.streaming and (self.order == "per_client" or self.learner not in STREAMING):
+                raise ValueError(f"streaming: for order=interleaved and a learner of {', '.join(STREAMING)}")
 
     def init_server(self, params: Tensor, generator: torch.Generator) -> ServerState:
         config, views = self.config, self._views
@@ -108,12 +123,25 @@ class PFedSeq(Algorithm):
 
     @property
     def _trains(self) -> bool:
-        return bool(self.config.train != "none" and self.config.lr and self.config.mix and self.config.gain)
+        config = self.config
+        heard = config.gain and (config.mix or config.held_out)  # whether the learner has, or may get, any say
+        return bool(config.train != "none" and config.lr and heard)
+
+    @property
+    def _capacity(self) -> int:
+        """Most tokens in the history."""
+        config, task = self.config, self.task
+        return config.window * task.cohort if config.window else config.per_client * task.trainable
+
+    @property
+    def _longest(self) -> int:
+        """Most tokens of one client in it: one a round."""
+        return min(self.config.window or self.config.per_client, self.config.per_client or self.config.window)
 
     def _new_history(self) -> History:
         config, d = self.config, self._views * self.task.layout.size
-        capacity, each = config.window * self.task.cohort, config.per_client or None
-        return History(capacity, d, rounds=config.window, per_client=each, dtype=config.dtype)
+        rounds, each, budget_bytes = config.window or None, config.per_client or None, config.history_mib << 20
+        return History(self._capacity, d, rounds=rounds, per_client=each, dtype=config.dtype, budget_bytes=budget_bytes)
 
     def init_client(self, params: Tensor) -> State:
         last = torch.zeros_like(params)
@@ -121,8 +149,8 @@ class PFedSeq(Algorithm):
 
     def memory_bytes(self) -> int:
         config, d = self.config, self._views * self.task.layout.size
-        history = History.memory_bytes(config.window * self.task.cohort, d, config.dtype)
-        copy = 4 * d * config.window * self.task.cohort
+        history = History.memory_bytes(self._capacity, d, config.dtype, config.history_mib << 20)
+        copy = 4 * d * self._capacity
         return history + copy + 4 * d * 10 * config.state_size + 4 * (config.budget_mib << 20)
 
     # What clients are sent ---------------------------------------------------------------------------------------
@@ -142,7 +170,7 @@ class PFedSeq(Algorithm):
         calibrator, last = server["calibrator"], rows["last"]
         each = self.config.order == "per_client"
         if each:
-            memory = calibrator.remember_each(server["history"].sequences(ids)[0])
+            memory = calibrator.remember_each(server["history"].sequences(ids, self._longest)[0])
         answers = calibrator.answers(memory, self._tokens(last, rows.get("update")), each)
         return calibrator.rescaled(answers, last) - last
 
@@ -190,13 +218,15 @@ class PFedSeq(Algorithm):
             held = server["history"].tokens()
             memory = self._remember(server, held, new)
             seconds = {"learner": time.perf_counter() - start}
+            optimizer_state = server["optimizer"].state_dict()["state"] if "optimizer" in server else {}
             metrics = {
                 **trained,
                 **{f"mix_{b}": float(share) for b, share in enumerate(mix)},
                 **self._attention(server, cohort, held, tokens),
                 "calibration_norm": float(calibrations.norm(dim=1).mean()),
                 "residual_norm": float(residuals.norm(dim=1).mean()),
-                "learner_mib": sum(4 * parameter.numel() for parameter in server["calibrator"].parameters()) / 2**20,
+                "learner_mib": _nbytes([*server["calibrator"].parameters(), optimizer_state, memory]) / 2**20,
+                "history_mib": server["history"].nbytes / 2**20,
                 "history_tokens": float(len(server["history"])),
             }
         changed = {"w": server["w"] + mean, "memory": memory, "mix": mix, "metrics": metrics, "seconds": seconds}
@@ -213,9 +243,12 @@ class PFedSeq(Algorithm):
         if shares is None:
             return {}
         own, age = cohort.ids[:, None] == history.clients(), cohort.round - history.rounds()
-        of = {"own": own, "others_0": ~own & (age == 0), "others_1_3": ~own & (age > 0) & (age < 4)}
-        of["others_4"] = ~own & (age >= 4)
-        return {f"attention_{name}": float((shares * mask).sum(1).mean()) for name, mask in of.items()}
+        ages = {"0": age == 0, "1_3": (age > 0) & (age < 4), "4": age >= 4}
+        return {
+            f"attention_{whose}_{name}": float((shares * (mask & of_an_age)).sum(1).mean())
+            for whose, mask in {"own": own, "others": ~own}.items()
+            for name, of_an_age in ages.items()
+        }
 
     def _remember(self, server: ServerState, held: Tensor, new: Tensor) -> Memories:
         """The memory after all tokens that the history holds; streaming: after the new ones."""
@@ -258,7 +291,7 @@ class PFedSeq(Algorithm):
         generator = torch.Generator().manual_seed(int(server["draws"]) + round)
         clients = history.clients()[-most:].tolist()
         if self.config.order == "per_client":
-            sequences, _ = history.sequences(torch.tensor(list(dict.fromkeys(clients))))
+            sequences, _ = history.sequences(torch.tensor(list(dict.fromkeys(clients))), self._longest)
             positions = torch.arange(sequences.shape[1])
             written, asks, targets = positions >= 0, positions[:-1], positions[1:]
         else:
@@ -275,6 +308,14 @@ class PFedSeq(Algorithm):
         calibrations = self._calibrations(server, memory, cohort.ids, rows)
         direction = torch.nn.functional.normalize(delta, dim=1)
         return (calibrations * direction).sum(1).mean() / rows["last"].norm(dim=1).mean().clamp(min=1e-12)
+
+
+def _nbytes(values: Any) -> int:
+    """Bytes of all tensors in nested lists and dicts."""
+    if isinstance(values, Tensor):
+        return values.numel() * values.element_size()
+    inside = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return sum(map(_nbytes, inside))
 
 
 def _half(clients: list[int], generator: torch.Generator) -> set[int]:

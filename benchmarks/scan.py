@@ -35,7 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedsim.sequence.dual import dual_final_state, dual_scan
-from fedsim.sequence.scan import final_state, selective_scan, selective_scan_sequential
+from fedsim.sequence.scan import final_state, selective_scan_sequential, selective_scan_with_state
 
 STATE_SIZE, GROUPS = 8, 10
 SHAPES = [(64, 10_000), (256, 10_000), (1024, 10_000), (4096, 10_000), (256, 1_000), (256, 100_000)]
@@ -51,8 +51,8 @@ def _without_read(last: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
 
 SCANS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "sequential": selective_scan_sequential,
-    "parallel": selective_scan,
-    "parallel, torch": partial(selective_scan, kind="torch"),
+    "parallel": selective_scan_with_state,
+    "parallel, torch": partial(selective_scan_with_state, kind="torch"),
     "dual": dual_scan,
     "final state": _without_read(final_state),
     "dual final state": _without_read(dual_final_state),

@@ -31,8 +31,11 @@ SERIES = ("#2a78d6", "#1baf7a", "#eda100", "#008300", "#4a3aa7", "#e34948", "#e8
 MARKERS = "os^DvPX*"
 INK, MUTED, FAINT, GRID, SURFACE = "#0b0b0b", "#6b6a64", "#bcbab1", "#e1e0d9", "#fcfcfb"
 AGES = ("#9dc3ef", "#5a97de", "#1f5fae")  # of others' past, from this round's to the oldest
+OWN_AGES = ("#9fe0c6", "#3fbf90", "#0f6b4a")  # and of a client's own
 ATTENTION = {
-    "attention_own": ("own past", SERIES[1]),
+    "attention_own_0": ("own, this round", OWN_AGES[0]),
+    "attention_own_1_3": ("own, 1 to 3 rounds ago", OWN_AGES[1]),
+    "attention_own_4": ("own, 4 rounds ago or more", OWN_AGES[2]),
     "attention_others_0": ("others, this round", AGES[0]),
     "attention_others_1_3": ("others, 1 to 3 rounds ago", AGES[1]),
     "attention_others_4": ("others, 4 rounds ago or more", AGES[2]),
@@ -42,6 +45,7 @@ ATTENTION = {
 VARIABLES = {
     **{color: f"--series-{number}" for number, color in enumerate(SERIES)},
     **{color: f"--age-{number}" for number, color in enumerate(AGES)},
+    **{color: f"--own-age-{number}" for number, color in enumerate(OWN_AGES)},
     **{INK: "--ink", MUTED: "--muted", FAINT: "--faint", GRID: "--grid", SURFACE: "--surface"},
 }
 _STYLE = {

@@ -142,13 +142,13 @@ def test_the_worst_clients_are_the_best_rows(two_rows):
 
 
 def test_measured_shares_are_means_over_seeds(tmp_path):
-    first, second = ({"attention_own": 0.25, "mix_0": 1.0}, {"attention_own": 0.5, "mix_0": 1.0})
+    first, second = ({"attention_own_0": 0.25, "mix_0": 1.0}, {"attention_own_0": 0.5, "mix_0": 1.0})
     runs = [
         read(write_run(tmp_path / "0", [0.5] * 4, "seed=0", measured=(first, second))),
         read(write_run(tmp_path / "1", [0.5] * 4, "seed=1", measured=({}, first))),
     ]
     (task,) = tasks(runs)
-    assert task.best.measured("attention_") == ([2], {"attention_own": [0.375]})
+    assert task.best.measured("attention_") == ([2], {"attention_own_0": [0.375]})
     assert task.best.measured("unheard_") == ([], {})
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.config import LocalConfig
 from fedsim.env import FederatedData, Ragged
@@ -472,3 +473,29 @@ def test_the_simulator_gives_it_the_rate_of_the_schedule(tiny_config: Callable[.
     plan = prepare(tiny_config("local.lr=0.4", "local.schedule=step", "local.step_rounds=1", "rounds=3"))
     rates = [Simulator(plan.workload)._context(round, (0,), "train").lr for round in range(3)]
     assert rates == pytest.approx([0.4, 0.2, 0.1])
+
+
+class _Waits(TorchDispatchMode):
+    """Operations that read a number out of a tensor: on a GPU the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_local_training_never_waits_for_the_device(tiny_config: Callable[..., Any], optimizer: str) -> None:
+    plan = prepare(tiny_config(f"local.optimizer={optimizer}", "local.clip=1", "local.weight_decay=0.1"))
+    ctx = Simulator(plan.workload)._context(0, (0, 1, 2), "train")
+    w = plan.params[None]
+    with _Waits() as waits:
+        trained = ctx.sgd(w, epochs=2, pull=lambda x: 0.1 * (x - w), mask=plan.workload.task.layout.mask("adapter"))
+    assert not waits.names and not torch.equal(trained[0], trained[1])
+    with _Waits() as waits:
+        float(trained.sum())
+    assert waits.names  # they would be seen

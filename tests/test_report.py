@@ -82,7 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Ditto's means are 0.6 and 0.8, FedAvg's 0.5 and 0.6; FedAvg once more, seed 0: 0.3.
     """
     folder = tmp_path_factory.mktemp("report")
-    own = {"attention_own": 0.25, "attention_others_0": 0.25, "attention_others_1_3": 0.5, "attention_others_4": 0.0}
+    own = {"attention_own_0": 0.25, "attention_others_0": 0.25, "attention_others_1_3": 0.5, "attention_others_4": 0.0}
     ditto = ("algorithm=ditto",)
     write_run(folder / "runs" / "d0", [0.6, 0.4, 0.8, 0.6], *ditto, "seed=0", measured=(own, own))
     write_run(folder / "runs" / "d1", [0.8] * 4, *ditto, "seed=1", bytes=(2048, 2048), measured=(own, own))
@@ -194,7 +194,7 @@ def test_pictures_are_in_the_page_and_beside_it(page, html, made):
         with Image.open(file) as image:
             assert image.width > 500 and len(image.getcolors(1 << 20) or []) != 1
     assert "The darkest square: 2 images." in page.text
-    assert all(f"■ {name}" in " ".join(page.text.split()) for name in ("own past", "others, 1 to 3 rounds ago"))
+    assert all(f"■ {name}" in " ".join(page.text.split()) for name in ("own, this round", "others, 1 to 3 rounds ago"))
 
 
 def test_the_page_stands_by_itself_and_shows_names_as_they_are(html):

@@ -9,8 +9,11 @@ from fedsim.sequence.fixed import Last, Mean
 from fedsim.sequence.learner import Learner
 from fedsim.sequence.mlp import MLP
 from fedsim.sequence.recurrent import GRU, LSTM
+from fedsim.sequence.scan import selective_scan
 from fedsim.sequence.ssd import StateSpaceDual
 from fedsim.sequence.ssm import SelectiveSSM
+
+__all__ = ["LEARNERS", "Learner", "make_learner", "selective_scan"]
 
 LEARNERS: dict[str, type[Learner]] = {
     "ssm": SelectiveSSM,

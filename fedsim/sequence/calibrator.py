@@ -52,10 +52,12 @@ class Calibrator(nn.Module):
         ]
 
     def remember_each(self, arranged: Tensor) -> Memories:
-        """A memory for every client, of its tokens ``[C, K, views d]``; older places empty (zero)."""
-        C = len(arranged)
-        banks = [bank.unflatten(1, (C, -1)).flatten(0, 1) for bank in self._banks(arranged.flatten(0, 1))]
-        return [_remember(learner, bank, None) for learner, bank in zip(self.learners, banks, strict=True)]
+        """A memory for every client, of its tokens ``[C, K, views d]`` alone; older places empty (zero).
+
+        K is part of the arithmetic: recurrent learners pass through empty places, too.
+        """
+        banks = [bank.unflatten(1, arranged.shape[:2]) for bank in self._banks(arranged.flatten(0, 1))]  # [G, C, K, k]
+        return [_remember_each(learner, bank) for learner, bank in zip(self.learners, banks, strict=True)]
 
     def answers(self, memories: Memories, query: Tensor, each: bool = False) -> Tensor:
         """What the memories answer to queries ``[Q, views d]``: ``[Q, d]``, of the tokens' first rows.
@@ -127,6 +129,16 @@ def _remember(learner: nn.Module, tokens: Tensor, before: dict[str, Any] | None)
         return {"memory": learner.remember(tokens, *own), "scale": torch.ones(())}  # type: ignore[operator]
     scale = _scale(tokens) if before is None or not before["scale"] else before["scale"]
     return {"memory": learner.remember(tokens / scale.clamp(min=1e-12), *own), "scale": scale}  # type: ignore[operator]
+
+
+def _remember_each(learner: nn.Module, tokens: Tensor) -> dict[str, Any]:
+    """The memories of ``[G, C, K, k]``, of every client's G parts; its scale is that of its own tokens, ``[C, 1]``."""
+    scale = torch.ones(())
+    if not learner.of_any_size:
+        own = tokens.any(3).any(0).sum(1) * tokens.shape[0] * tokens.shape[3]  # elements of each client's tokens
+        scale = (torch.linalg.vector_norm(tokens, dim=(0, 2, 3)) / own.clamp(min=1) ** 0.5)[:, None]
+        tokens = tokens / scale.clamp(min=1e-12)[:, None]
+    return {"memory": learner.remember(tokens.flatten(0, 1)), "scale": scale}  # type: ignore[operator]
 
 
 def _read(learner: nn.Module, bank: dict[str, Any], query: Tensor, each: bool) -> Tensor:

@@ -30,7 +30,7 @@ The parallel scan has three kinds, equal but for rounding; `kind_for` chooses:
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ Kind = Literal["torch", "triton", "mamba_ssm"]
 def selective_scan_sequential(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, h0: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token after token: the oracle of `selective_scan`.
+    """The recurrence, token after token: the oracle of `selective_scan_with_state`.
 
     Args:
         x, delta: ``[S, L, P]``.
@@ -65,6 +65,13 @@ def selective_scan_sequential(
 
 
 def selective_scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, **how: Any
+) -> Tensor:
+    """y ``[S, L, P]`` of `selective_scan_with_state`, and what else it takes."""
+    return selective_scan_with_state(x, delta, A, B, C, D, **how)[0]
+
+
+def selective_scan_with_state(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -110,7 +117,7 @@ def final_state(
     ``h = exp(A T_0) h0 + sum_k exp(A T_k) delta_k B_k x_k``, where ``T_k`` is the sum of the deltas after token k.
 
     Args:
-        x, delta, A, B, h0, budget_mib: as in `selective_scan`.
+        x, delta, A, B, h0, budget_mib: as in `selective_scan_with_state`.
 
     Returns:
         The state ``[S, P, n]``.

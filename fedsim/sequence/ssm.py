@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad, softplus
 
 from fedsim.sequence.learner import Learner, Memory
-from fedsim.sequence.scan import selective_scan
+from fedsim.sequence.scan import final_state, selective_scan
 from fedsim.sequence.torch_scan import time_left
 from fedsim.threads import side_by_side
 
@@ -98,17 +98,23 @@ class SelectiveSSM(Learner):
         # Position j reads the state after j - 1: its query, one place up.
         queries = pad(queries[:, 1:], (0, 0, 0, 1))
         A = A.expand(self.width, self.state_size)
-        answers, _ = selective_scan(tokens, delta, A, keys, queries, budget_mib=self.budget_mib)
+        answers = selective_scan(tokens, delta, A, keys, queries, budget_mib=self.budget_mib)
         return pad(answers[:, :-1], (0, 0, 1, 0))
 
     def _fits(self, tokens: Tensor) -> bool:
-        """Whether a weight for every two tokens does, several times over."""
-        weights_mib = 4 * tokens.shape[0] * tokens.shape[1] ** 2 * tokens.element_size() / 2**20
-        return self.budget_mib is None or weights_mib <= self.budget_mib
+        """Whether all answers at once do, with what autograd keeps: by token, 4 weights a token and 8 a channel."""
+        S, L, k = tokens.shape
+        return self.budget_mib is None or S * L * (4 * L + 8 * k) * tokens.element_size() <= self.budget_mib * 2**20
 
     def remember(self, tokens: Tensor, before: Memory | None = None) -> Memory:
         """The state ``{"h": [S, k, n]}``; with the memory so far, only the new tokens are needed (streaming)."""
         A = -self.A_log.exp()
+        if torch.is_grad_enabled():  # in blocks of channels that are computed again on the way back
+            directions = normalize(tokens, dim=-1)
+            delta, keys = self.delta(directions), directions @ self.W_B
+            start = None if before is None else before["h"]
+            A = A.expand(self.width, self.state_size)
+            return {"h": final_state(tokens, delta, A, keys, start, budget_mib=self.budget_mib)}
 
         def states(piece: tuple[slice, list[slice]]) -> Tensor:
             s, channels = piece
@@ -121,9 +127,7 @@ class SelectiveSSM(Learner):
                 blocks.append(h if before is None else h + torch.exp(delta.sum(1) * A)[..., None] * before["h"][s, p])
             return torch.cat(blocks, 1)
 
-        each = list(pieces(*tokens.shape))
-        found = [states(piece) for piece in each] if torch.is_grad_enabled() else side_by_side(states, each)
-        return {"h": torch.cat(found)}
+        return {"h": torch.cat(side_by_side(states, pieces(*tokens.shape)))}
 
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         return normalize(query, dim=-1) @ self.W_C @ memory["h"].mT

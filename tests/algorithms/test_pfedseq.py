@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from by_hand import Federation, equal, make
+from by_hand import Federation, equal, make, played
 
 from fedsim.algorithm import Cohort
 from fedsim.algorithms.pfedseq import _half, _next_of_same
@@ -125,6 +125,61 @@ def test_the_window_bounds_the_history(window):
     assert len(federation.server["history"]) == 2 * window
 
 
+def test_a_history_by_tokens_alone():
+    federation = Federation(make("pfedseq", window=0, per_client=3, history_mib=1))
+    for _ in range(5):
+        federation.play()
+    # Three rounds of both clients; a client that stays away would keep its own.
+    assert federation.server["history"].rounds().tolist() == [2, 2, 3, 3, 4, 4]
+    federation.server["history"].append(5, torch.tensor([1]), torch.zeros(1, 2))
+    assert federation.server["history"].clients().bincount().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"calibrated": ()}, "names no group"),
+        ({"window": 0}, "one of them has to end the history"),
+        ({"streaming": True, "learner": "lstm"}, "a learner of ssm, ssd"),
+        ({"streaming": True, "order": "per_client"}, "order=interleaved"),
+    ],
+)
+def test_settings_that_cannot_be(settings, told):
+    with pytest.raises(ValueError, match=told):
+        make("pfedseq", **settings)
+
+
+@pytest.mark.parametrize("order", ["interleaved", "per_client"])
+@pytest.mark.parametrize("learner", ["ssm", "lstm", "mean"])
+def test_a_client_long_unseen_keeps_its_residual_as_its_query(order, learner):
+    federation = Federation(make("pfedseq", learner=learner, order=order, window=1, train="none", state_size=2))
+    federation.play()
+    # Client 1 stays away, and its token leaves the window; client 0's new one is (2, 1).
+    history, calibrator = federation.server["history"], federation.server["calibrator"]
+    history.append(1, torch.tensor([0]), torch.tensor([[2.0, 1.0]]))
+    assert history.clients().tolist() == [0]
+    server = {**federation.server, "memory": calibrator.remember(history.tokens())}
+    ids, rows = torch.tensor([1]), {"last": federation.rows["last"][1:]}
+    sent = federation.algorithm.broadcast(server, ids, rows)["w"][0]
+    assert torch.allclose((sent - server["w"]).abs(), torch.tensor([0.75, 1.5]), atol=1e-5)  # at its own length
+    if order == "per_client" or learner == "lstm":  # nothing is left of it; and an untrained LSTM gives the query back
+        assert torch.allclose(sent - server["w"], torch.tensor([-0.75, 1.5]), atol=1e-5)
+    if (order, learner) == ("interleaved", "mean"):
+        assert torch.allclose(sent - server["w"], torch.tensor([0.75, 1.5]), atol=1e-5)
+
+
+@pytest.mark.parametrize("learner", ["ssm", "lstm", "transformer"])
+@pytest.mark.parametrize("order", ["interleaved", "per_client"])
+def test_what_a_client_is_sent_does_not_depend_on_who_is_in_its_block(tiny_config, learner, order):
+    settings = (f"algorithm.learner={learner}", f"algorithm.order={order}", "algorithm.lr=0.03", "cohort=5")
+    _, server = played(tiny_config("algorithm=pfedseq", *settings, "algorithm.state_size=4"), rounds=4)
+    together = server.broadcast(4, tuple(range(8)))[0]["w"]
+    alone = torch.cat([server.broadcast(4, (client,))[0]["w"] for client in range(8)])
+    lengths = (together - server.state["w"]).norm(dim=1)
+    assert lengths.max() > 1e-2
+    assert ((together - alone).norm(dim=1) <= 1e-4 * lengths + 1e-6).all()
+
+
 @pytest.mark.parametrize("learner", ["ssm", "ssd"])
 def test_a_carried_memory_is_that_of_the_whole_history(learner):
     carried, whole = (
@@ -153,6 +208,23 @@ def test_the_learner_is_trained_as_it_is_told():
         assert [name for name in metrics if name.endswith("_loss")] == losses
     assert torch.equal(start, parameters(train="replay", lr=0.0)[0])
     assert torch.equal(start, parameters(train="replay", gain=0.0)[0])
+    assert torch.equal(start, parameters(train="replay", mix=0.0)[0])
+
+
+def test_a_learner_that_may_yet_be_heard_is_trained():
+    silent, learned = make("pfedseq", mix=0.0), make("pfedseq", mix=0.0, held_out=0.2)
+    assert not silent._trains and learned._trains
+
+
+def test_the_cost_by_hand():
+    federation = Federation(make("pfedseq", learner="mlp", state_size=2, tokens="both"))
+    federation.play()
+    federation.play()
+    metrics = federation.server["metrics"]
+    # Two parts with a learner each: 2 x 2 and 2 x 2 weights, 2 biases. Adam keeps two numbers of each of them, and its
+    # step of each tensor; the memory is a scale.
+    assert metrics["learner_mib"] == 2 * 4 * (3 * (4 + 4 + 2) + 3 + 1) / 2**20
+    assert metrics["history_mib"] == 4 * (4 * 4 + 16) / 2**20  # four tokens of four numbers, with client and round
 
 
 @pytest.mark.parametrize("train", ["replay", "vjp"])
@@ -230,11 +302,12 @@ def test_attention_by_hand():
     federation.play()
     metrics = federation.server["metrics"]
     # Two tokens, the same but for their sign and length; both clients asked, so each has one of its own.
-    assert metrics["attention_own"] == pytest.approx(0.5, abs=1e-3)
+    assert metrics["attention_own_0"] == pytest.approx(0.5, abs=1e-3)
     assert metrics["attention_others_0"] == pytest.approx(0.5, abs=1e-3)
     federation.play()
     metrics = federation.server["metrics"]
-    assert metrics["attention_others_1_3"] == pytest.approx(0.25, abs=1e-3)
+    for whose in ("own_0", "own_1_3", "others_0", "others_1_3"):
+        assert metrics[f"attention_{whose}"] == pytest.approx(0.25, abs=1e-3)
     assert sum(value for name, value in metrics.items() if name.startswith("attention")) == pytest.approx(1)
 
 

@@ -44,21 +44,23 @@ def test_where_the_memory_says_nothing_the_query_stays():
 @pytest.mark.parametrize("name", LEARNERS)
 def test_each_client_may_have_a_memory_of_its_own(name, views):
     calibrator, sequences, query = _calibrator(name, views), _tokens(4, 5, 7 * views), _tokens(4, 7 * views, seed=2)
+    sequences *= torch.tensor([1.0, 30.0, 0.02, 1.0])[:, None, None]  # whoever else is asked, has no say in it
+    sequences[3, :3] = 0  # a short past, empty places in front
     with torch.no_grad():
         for parameter in calibrator.parameters():
             parameter.add_(0.1)  # so that none only copies
-        sequences /= sequences.square().mean().sqrt()
         together = calibrator.answers(calibrator.remember_each(sequences), query, each=True)
         assert together.shape == (4, 7)
         for i in range(4):
-            memory = calibrator.remember(sequences[i])
-            for bank in memory:
-                bank["scale"] = torch.ones(())  # that of all clients' tokens
             own = calibrator.remember_each(sequences[i : i + 1])
-            torch.testing.assert_close(own[0]["scale"], calibrator.remember(sequences[i])[0]["scale"])
-        alone = calibrator.answers(calibrator.remember(sequences[2]), query[2:3])
-        same = calibrator.answers(calibrator.remember_each(sequences[2:3]), query[2:3], each=True)
-        torch.testing.assert_close(alone, same)
+            torch.testing.assert_close(calibrator.answers(own, query[i : i + 1], each=True), together[i : i + 1])
+        for i in range(3):  # without empty places: as a sequence of all clients that has no others
+            shared = calibrator.answers(calibrator.remember(sequences[i]), query[i : i + 1])
+            torch.testing.assert_close(shared, together[i : i + 1])
+        # The two tokens' own size, not that of the empty places.
+        scales = [bank["scale"] for bank in calibrator.remember_each(sequences[3:])]
+        for scale, bank in zip(scales, calibrator.remember(sequences[3, 3:]), strict=True):
+            torch.testing.assert_close(scale.squeeze(), bank["scale"])
 
 
 @pytest.mark.parametrize("name", LEARNERS)

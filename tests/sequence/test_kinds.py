@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.sequence.scan import kind_for, selective_scan, selective_scan_sequential
+from fedsim.sequence.scan import kind_for, selective_scan_sequential, selective_scan_with_state
 
 S, L, P, n = 2, 6, 5, 3
 
@@ -65,13 +65,13 @@ def _inputs() -> list[Tensor]:
 
 def test_mamba_ssm_gets_its_layout_and_the_result_is_the_oracles(mamba_ssm):
     inputs = _inputs()
-    torch.testing.assert_close(selective_scan(*inputs, kind="mamba_ssm"), selective_scan_sequential(*inputs))
+    torch.testing.assert_close(selective_scan_with_state(*inputs, kind="mamba_ssm"), selective_scan_sequential(*inputs))
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["y", "state", "both"])
 def test_gradients_through_mamba_ssm_are_the_oracles_also_of_the_state(mamba_ssm, part):
     inputs = _inputs()
-    outputs = selective_scan(*inputs, kind="mamba_ssm")[part], selective_scan_sequential(*inputs)[part]
+    outputs = selective_scan_with_state(*inputs, kind="mamba_ssm")[part], selective_scan_sequential(*inputs)[part]
     losses = [sum((t * t.detach().cos()).sum() for t in pair) for pair in outputs]
     grads = [torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True) for loss in losses]
     torch.testing.assert_close(*grads)
@@ -79,7 +79,7 @@ def test_gradients_through_mamba_ssm_are_the_oracles_also_of_the_state(mamba_ssm
 
 def test_mamba_ssm_refuses_a_start(mamba_ssm):
     with pytest.raises(ValueError, match="cannot start from a state"):
-        selective_scan(*_inputs(), torch.zeros(S, P, n), kind="mamba_ssm")
+        selective_scan_with_state(*_inputs(), torch.zeros(S, P, n), kind="mamba_ssm")
 
 
 def _tokens(is_cuda: bool, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.sequence.scan import final_state, selective_scan, selective_scan_sequential
+from fedsim.sequence.scan import final_state, selective_scan, selective_scan_sequential, selective_scan_with_state
 from fedsim.sequence.torch_scan import time_left
 
 LN2 = math.log(2)
 SCANS = {
     "sequential": selective_scan_sequential,
-    "one lane": partial(selective_scan, lanes=1),
-    "three lanes": partial(selective_scan, lanes=3),
-    "small blocks": partial(selective_scan, budget_mib=1e-3),
+    "one lane": partial(selective_scan_with_state, lanes=1),
+    "three lanes": partial(selective_scan_with_state, lanes=3),
+    "small blocks": partial(selective_scan_with_state, budget_mib=1e-3),
 }
 
 
@@ -58,6 +58,11 @@ def test_three_tokens_by_hand(scan):
     torch.testing.assert_close(dx.flatten().tolist(), [2.75 * LN2 + 10, 3.5 * LN2 + 10, 2 * LN2 + 10])
 
 
+def test_the_answers_alone():
+    inputs = _by_hand()
+    assert torch.equal(selective_scan(*inputs), selective_scan_with_state(*inputs)[0])
+
+
 def test_final_state_by_hand():
     x, delta, A, B, *_ = _by_hand()
     h = final_state(x, delta, A, B, torch.full((1, 1, 1), 8.0, dtype=torch.float64))
@@ -76,7 +81,7 @@ def test_agrees_with_the_oracle_at_every_length(lanes, with_h0):
     for L in range(1, 301):
         new = slice(L - 1, L)
         _, state = selective_scan_sequential(x[:, new], delta[:, new], A, B[:, new], C[:, new], D, state)
-        y, h = selective_scan(x[:, :L], delta[:, :L], A, B[:, :L], C[:, :L], D, h0, lanes=lanes)
+        y, h = selective_scan_with_state(x[:, :L], delta[:, :L], A, B[:, :L], C[:, :L], D, h0, lanes=lanes)
         torch.testing.assert_close(y, expected[:, :L], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(h, state, atol=1e-5, rtol=1e-5)
         alone = final_state(x[:, :L], delta[:, :L], A, B[:, :L], h0)
@@ -107,7 +112,7 @@ def test_agrees_with_the_published_reference_at_every_length():
     out, states = _published_reference(u, raw_delta, delta_bias, A, B, C, D)
     x, delta, B, C = u.mT, softplus(raw_delta.mT + delta_bias), B.mT, C.mT
     for L in range(1, 301):
-        y, h = selective_scan(x[:, :L], delta[:, :L], A, B[:, :L], C[:, :L], D)
+        y, h = selective_scan_with_state(x[:, :L], delta[:, :L], A, B[:, :L], C[:, :L], D)
         torch.testing.assert_close(y.mT, out[:, :, :L], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(h, states[:, :, L - 1], atol=1e-5, rtol=1e-5)
 
@@ -144,9 +149,9 @@ def test_gradcheck_of_the_final_state():
 @pytest.mark.parametrize("cut", [1, 20, 49])
 def test_two_halves_with_the_state_carried_are_one_scan(cut):
     x, delta, A, B, C, D, h0 = _inputs(2, 50, 3, 4)
-    y, h = selective_scan(x, delta, A, B, C, D, h0)
-    first, state = selective_scan(x[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], D, h0)
-    second, state = selective_scan(x[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], D, state)
+    y, h = selective_scan_with_state(x, delta, A, B, C, D, h0)
+    first, state = selective_scan_with_state(x[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], D, h0)
+    second, state = selective_scan_with_state(x[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], D, state)
     torch.testing.assert_close(torch.cat([first, second], 1), y)
     torch.testing.assert_close(state, h)
     old = final_state(x[:, :cut], delta[:, :cut], A, B[:, :cut], h0)
@@ -155,8 +160,8 @@ def test_two_halves_with_the_state_carried_are_one_scan(cut):
 
 def test_no_start_is_a_zero_start_and_no_skip_a_zero_skip():
     x, delta, A, B, C, D, h0 = _inputs(2, 20, 3, 4)
-    y, h = selective_scan(x, delta, A, B, C)
-    expected_y, expected_h = selective_scan(x, delta, A, B, C, torch.zeros_like(D), torch.zeros_like(h0))
+    y, h = selective_scan_with_state(x, delta, A, B, C)
+    expected_y, expected_h = selective_scan_with_state(x, delta, A, B, C, torch.zeros_like(D), torch.zeros_like(h0))
     assert torch.equal(y, expected_y) and torch.equal(h, expected_h)
 
 
@@ -171,7 +176,10 @@ def test_steps_that_keep_or_forget_everything(scale, lanes):
     x, delta, A, B, C, D, h0 = _inputs(1, 64, 3, 4, torch.float32)
     delta = (delta.detach() * scale).requires_grad_()
     inputs = [x, delta, A, B, C, D, h0]
-    (y, h), (expected_y, expected_h) = selective_scan(*inputs, lanes=lanes), selective_scan_sequential(*inputs)
+    (y, h), (expected_y, expected_h) = (
+        selective_scan_with_state(*inputs, lanes=lanes),
+        selective_scan_sequential(*inputs),
+    )
     torch.testing.assert_close(y, expected_y, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(h, expected_h, atol=1e-5, rtol=1e-5)
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum() + h.sum(), inputs))
@@ -201,14 +209,14 @@ def test_memory_stays_in_the_budget(lanes):
         return t
 
     with _Largest() as largest, torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-        y, h = selective_scan(*inputs, budget_mib=0.25, lanes=lanes)
+        y, h = selective_scan_with_state(*inputs, budget_mib=0.25, lanes=lanes)
         grads = torch.autograd.grad(y.sum() + h.sum(), inputs)
         torch.autograd.grad(final_state(x, delta, A, B, h0, budget_mib=0.25).sum(), [x, delta, A, B, h0])
     assert largest.nbytes <= x.nbytes
     assert max(t.numel() for t in saved) <= x.numel()
 
     with _Largest() as largest:
-        y_roomy, h_roomy = selective_scan(*inputs, budget_mib=1024, lanes=lanes)
+        y_roomy, h_roomy = selective_scan_with_state(*inputs, budget_mib=1024, lanes=lanes)
         grads_roomy = torch.autograd.grad(y_roomy.sum() + h_roomy.sum(), inputs)
     assert largest.nbytes >= S * L * P * n * x.element_size()
     torch.testing.assert_close((y, h, *grads), (y_roomy, h_roomy, *grads_roomy), atol=1e-9, rtol=1e-9)
