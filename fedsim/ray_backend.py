@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from fedsim.simulator import Facts, Workload
 from fedsim.supervisor import Deadlines, Piece, Pool, Slot, Stage
 from fedsim.tracking.ray_metrics import PoolMetrics, job_metadata
 from fedsim.uri import is_uri
+
+JOIN_S = 10.0  # for a cluster's head to take a connection
 
 _log = logging.getLogger(__name__)
 
@@ -436,7 +439,7 @@ def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str,
     ``cpus``: of the one that is started; 0: as many as the machine has.
 
     Raises:
-        ConfigError: it would start a dashboard that asks nobody for a token.
+        ConfigError: it would start a dashboard that asks nobody for a token, or there is no cluster where one is named.
     """
     if ray.is_initialized():
         return False
@@ -448,7 +451,7 @@ def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str,
         "log_to_driver": True,
     }
     if address and address != "local":
-        ray.init(address=address, **quiet)
+        _join(address, "backend.address" if config.address else "RAY_ADDRESS", **quiet)
     else:
         if config.dashboard and os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
             told = "RAY_AUTH_MODE=disabled lets everybody on this machine run code through it"
@@ -458,6 +461,27 @@ def connect(config: BackendConfig, name: str, cpus: int = 0, metadata: dict[str,
         # "local" said out loud: a bare init joins whatever cluster a stale file in its temporary folder names.
         ray.init(address="local", num_cpus=cpus or None, include_dashboard=config.dashboard, **quiet)
     return True
+
+
+def _join(address: str, named: str, **quiet: Any) -> None:
+    """Joins the cluster at this address, which stands in ``named``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    host, _, port = address.rpartition(":")
+    if address != "auto":
+        if not host or "/" in address or not port.isdecimal():
+            raise ConfigError([f"{named}: {address!r} is no HOST:PORT, which a head has 6379 for unless it was told"])
+        try:  # Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_S).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise ConfigError([f"{named}: no cluster answers at {address} ({error})"]) from None
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError([f"{named}: the cluster at {address} cannot be joined: {told}"]) from None
 
 
 def gpu_fraction(config: BackendConfig) -> float:

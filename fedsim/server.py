@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.algorithm import Cohort, State
-from fedsim.errors import CheckpointError, ClientError, own_code
+from fedsim.errors import CheckpointError, ClientError, OwnCodeError, own_code
 from fedsim.journal import Journal, Journaled, Latest
 from fedsim.rng import torch_stream
 from fedsim.simulator import Facts, Workload, guarded, refuse_other_axes
@@ -43,14 +43,18 @@ class Server:
         """What the clients are sent, and what they keep: ``(payload, rows)``."""
         rows = self.store.read(np.array(ids))
         clients = torch.tensor(ids)
-        payload = guarded("broadcast", round, ids, lambda: self.algorithm.broadcast(self.state, clients, rows))
-        return {name: value.detach() for name, value in payload.items()}, rows
+
+        def work() -> State:
+            payload = self.algorithm.broadcast(self.state, clients, rows)
+            return {name: value.detach() for name, value in payload.items()}
+
+        return guarded("broadcast", round, ids, work), rows
 
     def average(self) -> Tensor | None:
         """The average row ``[d]``, if the algorithm has one."""
         with own_code(f"algorithm={self.run['algorithm']}: average"):
             average = self.algorithm.average(self.state)
-        return None if average is None else average.detach()
+            return None if average is None else average.detach()
 
     def aggregate(self, round: int, blocks: list[tuple[int, ...]], results: list[tuple[State, State]]) -> Facts:
         """Applies all blocks' ``(update, new rows)`` at once, in the order of the clients' ids.
@@ -77,14 +81,15 @@ class Server:
             return {**facts, "metrics": {}, "seconds": {}}
         cohort = Cohort(round, ids, self.sizes[ids])
 
-        def apply() -> State:
+        def apply() -> tuple[State, Facts]:
             state, new_rows = self.algorithm.aggregate(self.state, cohort, update, rows)
+            told = {name: {key: float(v) for key, v in state.get(name, {}).items()} for name in ("metrics", "seconds")}
             self.store.write(ids.numpy(), new_rows)
-            return state
+            return state, told
 
-        self.state = guarded("aggregate", round, tuple(ids.tolist()), apply)
+        self.state, told = guarded("aggregate", round, tuple(ids.tolist()), apply)
         self.rounds_taken.write(ids.numpy(), {"rounds": self.rounds_taken.read(ids.numpy())["rounds"] + 1})
-        return {**facts, "metrics": self.state.get("metrics", {}), "seconds": self.state.get("seconds", {})}
+        return {**facts, **told}
 
     def _nonfinite(self, round: int, ids: Tensor, states: dict[str, State]) -> Tensor:
         """Which of the clients have a NaN or an infinite number in what they returned, ``[C] bool``.
@@ -112,14 +117,21 @@ class Server:
 
         Raises:
             CheckpointError: it cannot be written.
+            OwnCodeError: the algorithm remembers what no checkpoint can hold.
         """
         facts = dict(facts)
         if evaluated := facts.pop("evaluated", {}):
             self.evaluated.set({name: torch.tensor(value) for name, value in evaluated.items()})
-        server = {key: _captured(value) for key, value in self.state.items() if not isinstance(value, Journaled)}
+        what = f"algorithm={self.run['algorithm']}: a checkpoint of its server state"
+        with own_code(what):
+            server = {key: _captured(value) for key, value in self.state.items() if not isinstance(value, Journaled)}
         tree = {"run": self.run, "server": server, "facts": facts}
         before, self._journal = self._journal, None  # should this one fail
-        self._journal = checkpoint.save(folder, tree, self._journaled(), before)
+        try:
+            self._journal = checkpoint.save(folder, tree, self._journaled(), before)
+        except TypeError as error:
+            held = "tensors, numbers, text, lists and dicts of them, and objects with a state_dict"
+            raise OwnCodeError(what, f"{error}; it holds {held}") from None
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores a checkpoint and returns the driver's facts, with ``evaluated`` and with ``rounds_taken [N]``.

@@ -44,6 +44,36 @@ def test_a_dashboard_without_a_token_is_refused(tmp_path, capsys, monkeypatch):
     assert not ray.is_initialized() and not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("nonsense", "'nonsense' is no HOST:PORT, which a head has 6379 for unless it was told"),
+        (
+            "http://127.0.0.1:8265",
+            "'http://127.0.0.1:8265' is no HOST:PORT, which a head has 6379 for unless it was told",
+        ),
+        ("127.0.0.1:1", "no cluster answers at 127.0.0.1:1 ([Errno 111] Connection refused)"),
+    ],
+)
+@pytest.mark.parametrize("named", ["backend.address", "RAY_ADDRESS"])
+def test_an_address_without_a_cluster(tmp_path, capsys, monkeypatch, address, told, named):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    given = [f"backend.address={address}"] if named == "backend.address" else []
+    if not given:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert main(["run", *TINY, "backend=ray", *given, f"output={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == f"fedsim: {named}: {told}\n"
+    assert not ray.is_initialized() and not any(tmp_path.iterdir())
+
+
+def test_auto_without_a_cluster(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("Could not find any\nmore")))
+    assert main(["run", *TINY, "backend=ray", "backend.address=auto", f"output={tmp_path / 'run'}"]) == 2
+    told = "backend.address: the cluster at auto cannot be joined: Could not find any"
+    assert capsys.readouterr().err == f"fedsim: {told}\n"
+
+
 def test_a_run_that_stopped_on_ray_resumes_on_ray_to_the_same_numbers(tmp_path, tiny_config, stopped_after):
     settings = ["algorithm=pfedseq", "rounds=3", "eval.every=3"]
     on_ray = ["backend=ray", "backend.simulators=2", "backend.dashboard=false", "backend.block_size=2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedsim import checkpoint
 from fedsim.algorithm import Cohort
 from fedsim.config import Config
 from fedsim.env import Ragged
-from fedsim.errors import CheckpointError, ClientError
+from fedsim.errors import CheckpointError, ClientError, OwnCodeError
 from fedsim.journal import Latest
 from fedsim.plan import Plan, prepare
 from fedsim.server import Server
@@ -101,6 +102,16 @@ def test_rows_are_kept_for_the_client_that_made_them(tiny_config: Callable[..., 
 def test_an_algorithms_metrics_are_facts_of_the_round(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.algorithm, "aggregate", lambda state, *_: ({**state, "metrics": {"drift": 0.5}}, {}))
     assert server.aggregate(0, [(0,)], [deltas(1.0)])["metrics"] == {"drift": 0.5}
+
+
+def test_metrics_may_be_numbers_of_any_kind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"metrics": {"drift": torch.tensor(0.5), "share": np.float32(0.25)}, "seconds": {"learner": 1}}
+    monkeypatch.setattr(server.algorithm, "aggregate", lambda state, *_: ({**state, **told}, {}))
+    facts = server.aggregate(0, [(0,)], [deltas(1.0)])
+    assert json.loads(json.dumps({name: facts[name] for name in told})) == {
+        "metrics": {"drift": 0.5, "share": 0.25},
+        "seconds": {"learner": 1.0},
+    }
 
 
 # Refused ---------------------------------------------------------------------------------------------------------
@@ -241,6 +252,49 @@ def test_an_exception_of_the_users_keeps_its_traceback(
     assert (error.stage, error.round, sorted(error.clients)) == (stage, 3, [2, 5])
     assert "in their_own_mistake" in error.original
     assert error.original.endswith("ZeroDivisionError: nobody came\n")
+
+
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    [
+        ("broadcast", {"w": 1.0}),
+        ("broadcast", None),
+        ("aggregate", None),
+        ("aggregate", ({"w": torch.zeros(D), "metrics": {"drift": "much"}}, {})),
+        ("aggregate", ({"w": torch.zeros(D), "seconds": [1.0]}, {})),
+    ],
+)
+def test_what_is_no_result_names_the_stage_and_its_clients(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stage: str, given: Any
+) -> None:
+    monkeypatch.setattr(server.algorithm, stage, lambda *_: given)
+    with pytest.raises(ClientError) as caught:
+        if stage == "broadcast":
+            server.broadcast(3, (5, 2))
+        else:
+            server.aggregate(3, [(5, 2)], [deltas(1.0, 2.0)])
+    assert (caught.value.stage, caught.value.round, sorted(caught.value.clients)) == (stage, 3, [2, 5])
+
+
+def test_an_average_that_is_no_row(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.algorithm, "average", lambda state: 0.5)
+    with pytest.raises(OwnCodeError, match="algorithm=fedavg: average failed"):
+        server.average()
+
+
+def test_what_no_checkpoint_can_hold(server: Server, tmp_path: Path) -> None:
+    server.state["seen"] = {1, 2}
+    with pytest.raises(OwnCodeError) as caught:
+        server.save(tmp_path / "round-00001", {})
+    assert str(caught.value).splitlines() == [
+        "algorithm=fedavg: a checkpoint of its server state failed",
+        "a checkpoint cannot hold '/server/seen', a set; it holds tensors, numbers, text, lists and dicts of them, and "
+        "objects with a state_dict",
+    ]
+    assert not any(tmp_path.iterdir())
+    del server.state["seen"]
+    server.save(tmp_path / "round-00001", {})
+    assert checkpoint.load(tmp_path / "round-00001")["facts"] == {}
 
 
 @pytest.mark.parametrize("stage", ["init_server", "init_client"])

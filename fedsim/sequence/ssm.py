@@ -85,7 +85,8 @@ class SelectiveSSM(Learner):
 
     def _delta(self, low: Tensor, channels: slice) -> Tensor:
         """Step sizes of some channels, from ``low [..., rank]``."""
-        return softplus(low @ self.W_up[:, channels] + self.b[channels])
+        step = torch.addmm(self.b[channels], low.flatten(0, -2), self.W_up[:, channels])
+        return softplus(step).unflatten(0, low.shape[:-1])
 
     def forward(self, tokens: Tensor, written: Tensor) -> Tensor:
         directions = normalize(tokens, dim=-1)
@@ -116,18 +117,22 @@ class SelectiveSSM(Learner):
             A = A.expand(self.width, self.state_size)
             return {"h": final_state(tokens, delta, A, keys, start, budget_mib=self.budget_mib)}
 
-        def states(piece: tuple[slice, list[slice]]) -> Tensor:
+        h = tokens.new_empty(tokens.shape[0], self.width, self.state_size)
+
+        def fill(piece: tuple[slice, list[slice]]) -> None:
             s, channels = piece
-            own, blocks = tokens[s].contiguous(), []
+            own = tokens[s].contiguous()
             length = own.norm(dim=-1, keepdim=True).clamp(min=SHORTEST)
             keys, low = own @ self.W_B / length, own @ self.W_down / length
             for p in channels:
                 delta = self._delta(low, p)
-                h = (torch.exp(time_left(delta) * A) * delta * own[..., p]).mT @ keys
-                blocks.append(h if before is None else h + torch.exp(delta.sum(1) * A)[..., None] * before["h"][s, p])
-            return torch.cat(blocks, 1)
+                kept = time_left(delta).mul_(A).exp_().mul_(delta).mul_(own[..., p])
+                torch.bmm(kept.mT, keys, out=h[s, p])
+                if before is not None:
+                    h[s, p] += torch.exp(delta.sum(1) * A)[..., None] * before["h"][s, p]
 
-        return {"h": torch.cat(side_by_side(states, pieces(*tokens.shape)))}
+        side_by_side(fill, pieces(*tokens.shape))
+        return {"h": h}
 
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         return normalize(query, dim=-1) @ self.W_C @ memory["h"].mT
