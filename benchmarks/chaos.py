@@ -8,7 +8,8 @@ were replaced (one that is hit while it starts, or after its last block, is in n
 resumed. ``seconds_lost``: per fault, of wall clock. Blocks are of one client: nothing is halved. The simulators stand
 on two Ray nodes of one CPU each; a removed node does not come back, so half of the room goes with it. Where memory is
 short, it is taken until Ray's memory monitor kills, as a rule all actors at once. What may end the server waits for a
-new round: a run that is set back four times without one stops.
+new round: a run that is set back four times without one stops. A row that fails says so in ``error``, and the others
+go on; with one that fails or is not ``equal`` the exit code is 1.
 """
 
 from __future__ import annotations
@@ -168,7 +169,23 @@ def in_a_process(work: Callable[..., Any], *values: Any) -> Any:
         return executor.submit(work, *values).result()
 
 
-def main() -> None:
+def row_of(
+    fault: str, injected: dict[str, int], failures: dict[str, Any], seconds: float, undisturbed_s: float | None
+) -> dict[str, Any]:
+    """A row, but for what it is compared with; without the undisturbed run's seconds there are none that were lost."""
+    total = sum(injected.values())
+    return {
+        "fault": fault,
+        "injected": total,
+        "recovered": injected.get("drivers", failures["actors_replaced"] + failures["central_restarted"]),
+        "seconds_lost": None if undisturbed_s is None else round((seconds - undisturbed_s) / max(1, total), 2),
+        "seconds": round(seconds, 1),
+        "failures": failures,
+    }
+
+
+def main() -> int:
+    """Returns the exit code: 1 if a row failed or is not equal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--every", type=float, default=5, help="mean seconds between two signals")
@@ -193,29 +210,27 @@ def main() -> None:
             "node removed": (on_two_nodes, "", "", True, *given),
             "simulators killed, node removed": (on_two_nodes, "SIGKILL", "simulator", True, *given),
         }
-        undisturbed_s, expected = 0.0, None
+        undisturbed_s, expected, code = None, None, 0
         for fault, (work, *values) in runs.items():
-            folder = base / fault.replace(" ", "-").replace(",", "")
-            injected, seconds = in_a_process(work, *values, folder)
-            found, failures = results(folder)
-            if fault.startswith("none"):  # what the rows after it are compared with
-                undisturbed_s = seconds
-            expected, total = expected or found, sum(injected.values())
-            row = {
-                "fault": fault,
-                "injected": total,
-                "recovered": injected.get("drivers", failures["actors_replaced"] + failures["central_restarted"]),
-                "seconds_lost": round((seconds - undisturbed_s) / max(1, total), 2),
-                "equal": found == expected,
-                "rounds": options.rounds,
-                "seconds": round(seconds, 1),
-                "failures": failures,
-            }
+            folder, undisturbed = base / fault.replace(" ", "-").replace(",", ""), fault.startswith("none")
+            if undisturbed:  # what the rows after it are compared with
+                undisturbed_s = None
+            try:
+                injected, seconds = in_a_process(work, *values, folder)
+                found, failures = results(folder)
+                if undisturbed:
+                    undisturbed_s, expected = seconds, expected or found
+                row = row_of(fault, injected, failures, seconds, undisturbed_s) | {"equal": found == expected}
+            except Exception as error:
+                row = {"fault": fault, "equal": False, "error": f"{type(error).__name__}: {error}"}
+            code |= not row["equal"]
+            row["rounds"] = options.rounds
             print(json.dumps(row), flush=True)
             if options.out:
                 with options.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+        return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

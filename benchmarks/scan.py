@@ -1,6 +1,7 @@
 """Parallel and dual against sequential scan: seconds and peak memory against tokens and channels.
 
     python benchmarks/scan.py [--quick] [--out rows.jsonl] [--threads 2] [--device cpu]
+    python benchmarks/scan.py --shape 256 1000000 --scan parallel   # 1 GiB an array, and six of them
 
 Every row is measured in a process of its own, so that its peak memory is its own. Seconds are the median of five calls
 (of fewer where these take more than ten seconds: column ``calls``), beside the processor's own seconds, which a busy
@@ -126,6 +127,8 @@ def measure(name: str, tokens: int, channels: int, backward: bool, device: str, 
         "state_size": STATE_SIZE,
         "pass": "forward+backward" if backward else "forward",
         "seconds": round(statistics.median(seconds), 5),
+        "seconds_min": round(min(seconds), 5),
+        "seconds_max": round(max(seconds), 5),
         "cpu_seconds": round(statistics.median(cpu_seconds), 5),
         "calls": len(seconds),
         "peak_mib": round(_peak_mib(device) - before, 1),
@@ -145,19 +148,22 @@ def _worth_it(name: str, tokens: int, channels: int, backward: bool, device: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes only")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("TOKENS", "CHANNELS"), help="this one only")
+    parser.add_argument("--scan", nargs="+", choices=SCANS, default=list(SCANS))
     parser.add_argument("--out", type=Path, help="a file for the rows, one JSON object a line")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
+    shapes = [options.shape] if options.shape else QUICK_SHAPES if options.quick else SHAPES
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])  # otherwise every row's process imports it again
     rows = list[dict[str, object]]()
     columns = f"{'seconds':>10}{'CPU s':>10}{'calls':>7}{'peak MiB':>10}"
     print(f"{'scan':18}{'tokens':>8}{'channels':>10}  {'pass':18}{columns}")
     for backward in (False, True):
-        for tokens, channels in QUICK_SHAPES if options.quick else SHAPES:
-            for name in (n for n in SCANS if _worth_it(n, tokens, channels, backward, options.device)):
+        for tokens, channels in shapes:
+            for name in (n for n in options.scan if _worth_it(n, tokens, channels, backward, options.device)):
                 with context.Pool(1) as pool:
                     row = pool.apply(measure, (name, tokens, channels, backward, options.device, options.threads))
                 rows.append(row)

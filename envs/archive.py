@@ -20,7 +20,9 @@ from pathlib import Path, PurePosixPath
 from fedsim.errors import DataError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-MAX_BYTES = 64 * 2**20  # of one file that is read, decompressed
+MAX_BYTES = 64 * 2**20  # of one file that is read, or of any in an archive, decompressed
+MAX_TOTAL_BYTES = 2**30  # of all files in an archive that are more than MAX_RATIO times its own size
+MAX_RATIO = 100  # images are compressed already: of those in use, archives are hardly smaller than their files
 MAX_DEPTH = 8  # of folders: a link back to a folder above would otherwise never end
 
 
@@ -41,7 +43,8 @@ def members(path: Path) -> list[Member]:
     """All files and folders of a source, but hidden ones.
 
     Raises:
-        DataError: damaged, unsafe, or neither a folder nor an archive.
+        DataError: damaged, unsafe, or neither a folder nor an archive; or an archive has a file of more than
+            ``MAX_BYTES``, or unfolds into too many.
     """
     return [member for member, _ in _entries(path)]
 
@@ -55,8 +58,7 @@ def contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     wanted = frozenset(wanted)
     for member, read in _entries(path):
         if member.name in wanted:
-            if member.size > MAX_BYTES:
-                raise DataError(f"{str(path)!r}: {member.name!r} has {member.size} bytes, more than {MAX_BYTES}")
+            _refuse_large(path, member)
             with _readable(path):
                 content = read()
             yield member.name, content
@@ -79,9 +81,25 @@ def _entries(path: Path) -> Entries:
     else:
         raise DataError(f"{str(path)!r} is neither a folder nor an archive ({' '.join(SUFFIXES)})")
     with _readable(path):
-        for member, read in kind(path):
+        for member, read in kind(path) if kind is _in_folder else _bounded(path, kind(path)):
             if not any(part.startswith(".") or part == "__MACOSX" for part in member.name.split("/")):
                 yield member, read
+
+
+def _bounded(path: Path, entries: Entries) -> Entries:
+    """An archive's entries, hidden ones and what is no image too: a ``.tar.gz`` is read through to get past them."""
+    most, total = max(MAX_TOTAL_BYTES, MAX_RATIO * path.stat().st_size), 0
+    for member, read in entries:
+        _refuse_large(path, member)
+        total += member.size
+        if total > most:
+            raise DataError(f"{str(path)!r}: its files have more than {most} bytes, as those of a decompression bomb")
+        yield member, read
+
+
+def _refuse_large(path: Path, member: Member) -> None:
+    if member.size > MAX_BYTES:
+        raise DataError(f"{str(path)!r}: {member.name!r} has {member.size} bytes, more than {MAX_BYTES}")
 
 
 def _in_folder(path: Path) -> Entries:
@@ -104,7 +122,7 @@ def _in_zip(path: Path) -> Entries:
                 raise DataError(f"{str(path)!r}: {info.filename!r} is a link, which is refused")
             name = _safe(path, info.filename)
             if name:
-                yield Member(name, info.is_dir(), info.file_size), partial(archive.read, info)
+                yield Member(name, info.is_dir(), info.file_size), partial(_zip_content, archive, info)
 
 
 def _in_tar(path: Path) -> Entries:
@@ -121,6 +139,11 @@ def _in_tar(path: Path) -> Entries:
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(f"{str(path)!r} is damaged: its end is missing")
+
+
+def _zip_content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as file:
+        return file.read(info.file_size)  # without a number, all that there is would be unpacked, whatever was declared
 
 
 def _tar_content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

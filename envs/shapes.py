@@ -9,14 +9,13 @@ Shapes: n images drawn together, px their edge.
 from __future__ import annotations
 
 import colorsys
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fedsim.cache import cached, create
+from fedsim.cache import cached, create, room
 from fedsim.env import Env, FederatedData, Ragged
 from fedsim.errors import DataError
 from fedsim.rng import stream
@@ -123,9 +122,9 @@ class Shapes(Env):
     def _refuse_without_room(self, px: int, cache: Path) -> None:
         config = self.config
         images = config.num_clients * (config.samples_per_client + config.test_samples_per_client)
-        needed, disk = 3 * px * px * images, next(path for path in (cache, *cache.parents) if path.exists())
-        if needed > (free := shutil.disk_usage(disk).free):
-            told = f"{images} images take {needed / 2**30:.0f} GiB, {str(disk)!r} has {free / 2**30:.0f} GiB left"
+        needed = 3 * px * px * images
+        if needed > (free := room(cache)):
+            told = f"{images} images take {needed / 2**30:.0f} GiB, {str(cache)!r} has {free / 2**30:.0f} GiB left"
             raise DataError(f"env.num_clients={config.num_clients}: {told}")
 
     def _split(self, seed: int) -> tuple[np.ndarray, Ragged, Ragged]:

@@ -123,8 +123,9 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedsim.grid import plan
     from fedsim.sweep import run_sweep
 
-    if options.jobs is not None and options.jobs < 1:
-        raise ConfigError([f"--jobs: {options.jobs} is below 1"])
+    counts = {"--jobs": options.jobs, "--samples": options.samples}
+    if mistakes := [f"{name}: {n} is below 1" for name, n in counts.items() if n is not None and n < 1]:
+        raise ConfigError(mistakes)
     if options.resume and (options.settings or options.out or options.samples):
         raise ConfigError(["--resume: the folder says what to run; leave settings, --out and --samples out"])
     path, settings = _config_and_settings(options.settings)

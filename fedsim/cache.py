@@ -6,7 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +39,28 @@ def cached(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path
     array_file, manifest = folder / f"{name}-{key}.npy", folder / f"{name}-{key}.json"
     if _valid(array_file, manifest, about, verify):
         return array_file
-    try:
+    with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(array_file) as temporary:
             write(temporary)
             shape = np.load(temporary, mmap_mode="r").shape
             facts = {"about": about, "shape": shape, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
         write_atomically(manifest, json.dumps(facts, indent=1))
-    except OSError as error:
-        raise DataError(f"cache {str(folder)!r} cannot be written: {error}") from None
     return array_file
+
+
+def room(folder: Path) -> int:
+    """Bytes that are free for a cache, whose folder need not be there yet.
+
+    Raises:
+        DataError: there are none as nothing can be written there at all.
+    """
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if not free:  # as in /proc, or of a disk that is full
+        with _told(folder):
+            tempfile.TemporaryFile(dir=disk).close()
+    return free
 
 
 def create(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
@@ -59,6 +74,14 @@ def create(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarr
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cache {str(folder)!r} cannot be written: {error}") from None
 
 
 def _valid(array_file: Path, manifest: Path, about: dict[str, Any], verify: bool) -> bool:

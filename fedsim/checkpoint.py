@@ -97,6 +97,24 @@ def load(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """The driver's facts in a checkpoint that is here and was verified; none of its tensors is read.
+
+    Raises:
+        CheckpointError: it has none that can be read.
+    """
+    try:
+        packed = json.loads((folder / _TREE).read_text(encoding="utf-8"))
+        return dict(_unpack(dict(packed["dict"])["facts"], {}))
+    except (OSError, *_NOT_OURS) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from None
+
+
+def is_here(folder: Path) -> bool:
+    """Whether this machine sees all of a checkpoint, by what is written last."""
+    return (folder / _MANIFEST).is_file()
+
+
 def replay(folder: Path, states: Mapping[str, Journaled]) -> None:
     """Gives the states what they held when they were saved; ``load`` comes before, and verifies.
 

@@ -49,6 +49,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
+class RunError(FedsimError):
+    """A run that had begun and cannot go on, of what before would have been a mistake: a full disk, for instance."""
+
+
 class OwnCodeError(FedsimError):
     """An exception out of an algorithm's or an env's own code where no client is simulated.
 

@@ -136,8 +136,14 @@ class Uniform:
             low, high = (float(bound) for bound in match[2].split(","))
         except ValueError:
             raise ValueError(f"{text!r} needs two numbers, as in {match[1]}(1, 8)") from None
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{text!r} needs finite bounds")
         if not (low < high and (low > 0 or match[1] != "loguniform")):
             raise ValueError(f"{text!r} needs {'0 < ' * (match[1] == 'loguniform')}low < high")
+        if not math.isfinite(high - low):
+            raise ValueError(f"{text!r} is too wide: high - low is infinite")
+        if match[1] == "randint" and not (low.is_integer() and high.is_integer() and -(2**63) <= low < high <= 2**63):
+            raise ValueError(f"{text!r} needs whole numbers from -2^63 to 2^63")
         return cls(match[1], low, high)
 
     def sample(self, key: str, number: int) -> str:
@@ -273,7 +279,7 @@ def _searched(sweep: Sweep, mistakes: list[str]) -> Sweep:
             except ValueError as error:
                 searched = True
                 mistakes.append(f"{key}: {error}")
-    if searched and not sweep.samples:
+    if searched and sweep.samples < 1:
         mistakes.append("--samples: how many, of what is searched?")
     if sweep.samples and not searched:
         mistakes.append("--samples: nothing is searched; write key=loguniform(low, high)")

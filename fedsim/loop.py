@@ -41,6 +41,7 @@ class Progress:
         evaluated: the last evaluation's facts, arrays ``[C]`` in the order of the clients' ids.
         metrics_bytes: length of ``metrics.jsonl`` at this point.
         evaluation_saved: whether the last checkpoint has ``evaluated``.
+        settings: those that results depend on; none in a checkpoint of a fedsim that did not keep them.
     """
 
     round: int
@@ -54,6 +55,7 @@ class Progress:
     evaluated: dict[str, np.ndarray] = field(default_factory=dict)
     metrics_bytes: int = 0
     evaluation_saved: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def evaluation(self) -> Evaluation | None:
         return Evaluation([self.evaluated]) if self.evaluated else None
@@ -157,12 +159,23 @@ def _advance(
 
 
 def _save(backend: Backend, folder: Path, progress: Progress, keep: int) -> None:
+    """A checkpoint.
+
+    Raises:
+        OutputError: it cannot be written, or was written where the driver does not see it.
+    """
     start = time.perf_counter()
     with _writing(folder):
         flush(folder / "metrics.jsonl")  # a checkpoint that outlives a loss of power without it would leave a gap
         progress.metrics_bytes = (folder / "metrics.jsonl").stat().st_size
     checkpoints = folder / "checkpoints"
-    backend.save(checkpoint.folder_of(checkpoints, progress.round), progress.facts())
+    written = checkpoint.folder_of(checkpoints, progress.round)
+    backend.save(written, progress.facts())
+    if not remote.uri_of(folder) and not checkpoint.is_here(written):
+        raise OutputError(
+            f"{folder}: the checkpoint that the server wrote is not here; on a cluster output must be a folder that "
+            "all nodes share, or a URI"
+        )
     progress.evaluation_saved = True
     checkpoint.prune(checkpoints, keep, progress.round)
     remote.push(folder, progress.round, keep)

@@ -24,7 +24,7 @@ from fedsim.rng import stream, torch_stream
 from fedsim.simulator import Workload
 from fedsim.store import BUDGET_BYTES, Store
 
-# A simulator before it has trained anything: the interpreter, torch, timm, Ray's client. Measured: docs/results.md.
+# A simulator before it has trained anything: the interpreter, torch, timm, Ray's client. Measured: docs/performance.md.
 SIMULATOR_BASE_BYTES = 600 << 20
 
 

@@ -32,7 +32,7 @@ from urllib.parse import quote, unquote
 
 from fedsim import uri as at
 from fedsim.errors import OutputError
-from fedsim.files import unfinished
+from fedsim.files import LOCK, unfinished
 from fedsim.uri import is_uri
 
 if TYPE_CHECKING:
@@ -72,6 +72,21 @@ def shown(folder: Path) -> str:
 
 
 # A run begins, or goes on --------------------------------------------------------------------------------------------
+
+
+def usable(uri: str) -> Path:
+    """The working folder for a URI; nothing is made.
+
+    Raises:
+        OutputError: the URI cannot be used.
+    """
+    at.files_at(uri)
+    return working_folder(uri)
+
+
+def lock_of(folder: Path) -> Path:
+    """The file by which a run folder is locked; of a working folder, which may be made anew, beside it."""
+    return (folder.parent if uri_of(folder) else folder) / LOCK
 
 
 def new(uri: str) -> Path:

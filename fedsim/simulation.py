@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -27,8 +27,8 @@ from fedsim.backend import Backend, LocalBackend, make_backend
 from fedsim.callbacks import Callback, Called
 from fedsim.config import BackendConfig, Config, load, to_tree
 from fedsim.env import save_partition
-from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError
-from fedsim.files import write_atomically
+from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError, RunError, UserError
+from fedsim.files import LOCK, locked, write_atomically
 from fedsim.loop import Progress, run_rounds, summarise, write_results
 from fedsim.plan import Plan, prepare
 from fedsim.probe import told, with_sizes
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 MOST_RESTARTS = 3  # of a central actor that is lost again and again before another round is done
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # names may look like markup
+_MAY_CHANGE = ("output", "checkpoint", "tracking", "nonfinite", "eval.every", "model.weights", "backend")
+"""Keys and sections that a run may go on with other values of; what ``model.weights`` hold is compared by itself."""
+_MAY_NOT = ("backend.threads", "backend.block_size")
+"""But for these of them: they are part of the arithmetic."""
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "omegaconf")
 
 
@@ -86,19 +90,22 @@ def run(config: Config, console: Console | None = None, callbacks: Sequence[Call
 
     Raises:
         UserError: a mistake in configuration, data, weights or output; nothing was written then.
+        RunError: it had begun, and cannot be written any more, for instance.
     """
     console = console or Console(quiet=True)
     folder = output_folder(config)
     tracking.refuse_missing(config.tracking)
     remote.begin(folder)
     plan = prepare(config)
-    backend = make_backend(plan.workload, plan.params, remote.shown(folder))
-    try:
-        plan = with_sizes(plan, backend)
-        _create(folder, plan)
-        return _go(plan, backend, folder, _restored(plan, backend, None), console, callbacks)
-    finally:
-        backend.close()
+    with ExitStack() as held:  # until the back end is closed, whose server writes, too
+        backend = make_backend(plan.workload, plan.params, remote.shown(folder))
+        try:
+            plan = with_sizes(plan, backend)
+            held.enter_context(_alone(folder))
+            _create(folder, plan)
+            return _go(plan, backend, folder, _restored(plan, backend, None), console, callbacks)
+        finally:
+            backend.close()
 
 
 def resume(folder: Path | str, console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Result:
@@ -107,16 +114,28 @@ def resume(folder: Path | str, console: Console | None = None, callbacks: Sequen
     Of a run at a URI: from the newest that is there or in this machine's working folder, of one round from the URI's.
 
     Raises:
-        OutputError: it is no run folder.
-        CheckpointError: no checkpoint can be read, or the data or the backbone are not those of the run.
+        OutputError: it is no run folder, or another process runs it.
+        CheckpointError: no checkpoint can be read, or the configuration, the data or the backbone are not those of the
+            run; nothing was touched then.
+        RunError: as of ``run``.
     """
-    console = console or Console(quiet=True)
-    folder = remote.fetch(str(folder)) if is_uri(str(folder)) else Path(folder)
-    if not os.path.isfile(folder / "config.yaml"):
-        raise OutputError(f"{remote.shown(folder)}: not a run folder (no config.yaml)")
+    console, place = console or Console(quiet=True), str(folder)
+    if is_uri(place):
+        with _alone(remote.usable(place)):
+            return _resume(remote.fetch(place), console, callbacks)
+    folder = Path(folder)
+    _refuse_other_folder(folder)
+    with _alone(folder):
+        return _resume(folder, console, callbacks)
+
+
+def _resume(folder: Path, console: Console, callbacks: Sequence[Callback]) -> Result:
     config = load(folder / "config.yaml")
     tracking.refuse_missing(config.tracking)
     newest = _newest(folder, console)
+    if newest:
+        _refuse_other_settings(folder, newest, config)
+        _refuse_gap(folder, newest)
     plan = prepare(config)
     _refuse_other_inputs(folder, plan, console)
     backend = make_backend(plan.workload, plan.params, remote.shown(folder))
@@ -137,14 +156,15 @@ def restored(folder: Path, console: Console) -> Iterator[tuple[Plan, LocalBacken
 
     Raises:
         OutputError: it is no run folder.
-        CheckpointError: no checkpoint can be read, or the data or the backbone are not those of the run.
+        CheckpointError: no checkpoint can be read, or the configuration, the data or the backbone are not those of the
+            run.
     """
-    if not os.path.isfile(folder / "config.yaml"):
-        raise OutputError(f"{remote.shown(folder)}: not a run folder (no config.yaml)")
+    _refuse_other_folder(folder)
     newest = _newest(folder, console)
     if newest is None:
         raise CheckpointError(f"{remote.shown(folder)}: the run has no checkpoint yet")
     config = load(folder / "config.yaml")
+    _refuse_other_settings(folder, newest, config)
     plan = prepare(replace(config, backend=replace(config.backend, name="local")))
     _refuse_other_inputs(folder, plan, console)
     backend = LocalBackend(plan.workload, plan.params)
@@ -152,6 +172,25 @@ def restored(folder: Path, console: Console) -> Iterator[tuple[Plan, LocalBacken
         yield plan, backend, _restored(plan, backend, newest).round
     finally:
         backend.close()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The lock of a run's folder, which is made.
+
+    Raises:
+        OutputError: another process has it, or it cannot be written.
+    """
+    lock = remote.lock_of(folder)
+    with ExitStack() as held:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock))
+        except BlockingIOError:
+            raise OutputError(f"{remote.shown(folder)}: in use by another process") from None
+        except OSError as error:
+            raise OutputError(f"{remote.shown(folder)}: cannot be written ({error})") from None
+        yield
 
 
 def _newest(folder: Path, console: Console) -> Path | None:
@@ -178,16 +217,27 @@ def _bytes_of_lines(path: Path, lines: int) -> int:
 
 def _restored(plan: Plan, backend: Backend, newest: Path | None) -> Progress:
     """Where the checkpoint stands, with the back end's server brought there; without one: the start."""
+    settings = _settings(plan.workload.config)
     if newest is None:
-        return Progress(0, [0] * plan.workload.data.num_clients)
+        return Progress(0, [0] * plan.workload.data.num_clients, settings=settings)
     facts = backend.load(newest)
     try:
         replace(backend.failures, **facts["failures"])  # as resume will
-        return Progress(**facts)
+        return Progress(**{**facts, "settings": settings})  # its own may have had fewer rounds
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{newest}: of another version of fedsim ({error})") from None
 
 
+@contextmanager
+def _begun() -> Iterator[None]:
+    """What ends a run that has begun is no mistake of the caller's any more."""
+    try:
+        yield
+    except UserError as error:
+        raise RunError(str(error)) from error
+
+
+@_begun()
 def _go(
     plan: Plan, backend: Backend, folder: Path, progress: Progress, console: Console, callbacks: Sequence[Callback]
 ) -> Result:
@@ -269,7 +319,7 @@ def output_folder(config: Config) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.output or f"runs/{stamp}-{config.algorithm.name.rpartition(':')[2]}")
     try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        taken = folder.exists() and (not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir()))
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
         raise OutputError(f"output: {str(folder)[:80]!r} cannot be a folder ({error.args[-1]})") from None
     if taken:
@@ -318,6 +368,72 @@ def _write_inputs(folder: Path, plan: Plan) -> None:
     data = plan.workload.data
     save_partition(folder / "partition.npz", data.train, data.test, data.about, data.labels)
     write_atomically(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False))
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    if not os.path.isfile(folder / "config.yaml"):
+        raise OutputError(f"{remote.shown(folder)}: not a run folder (no config.yaml)")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings that results depend on, by name, as JSON has them."""
+    found: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(to_tree(config))).items():
+        found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return {key: value for key, value in found.items() if key in _MAY_NOT or not _may_change(key)}
+
+
+def _may_change(key: str) -> bool:
+    return key in _MAY_CHANGE or key.partition(".")[0] in _MAY_CHANGE
+
+
+def _refuse_other_settings(folder: Path, newest: Path, config: Config) -> None:
+    """A run goes on only with the settings that its results depend on; but it may have more rounds.
+
+    What a checkpoint does not name is of a later version, or in one of an earlier version, and is accepted.
+
+    Raises:
+        CheckpointError: they are others; with the first difference.
+    """
+    facts, now = checkpoint.facts_of(newest), _settings(config)
+    try:
+        before, done = facts.get("settings", {}), facts["round"]
+        parts = (_difference(key, value, now.get(key)) for key, value in before.items() if key != "rounds")
+        found = next(filter(None, parts), "") or _other_rounds(before.get("rounds", config.rounds), done, config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{newest}: of another version of fedsim ({error})") from None
+    if found:
+        raise CheckpointError(
+            f"{remote.shown(folder)}: the settings are not what the run began with (config.yaml, {found})"
+        )
+
+
+def _other_rounds(then: int, done: int, config: Config) -> str:
+    """What is wrong with a number of rounds that was another one when so many were done; empty: nothing."""
+    now, local = config.rounds, config.local
+    if now < done or now == done != then:  # the last round of a run is evaluated, which this one may not have been
+        return f"rounds: {now}, where {done} are done"
+    if now != then and local.in_round(done - 1, now) != local.in_round(done - 1, then):
+        return f"rounds: {then} then, {now} now, on which local.schedule={local.schedule} depends"
+    return ""
+
+
+def _refuse_gap(folder: Path, newest: Path) -> None:
+    """A run goes on only with a line of ``metrics.jsonl`` for each of the rounds done.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    path, done = folder / "metrics.jsonl", checkpoint.facts_of(newest)["round"]
+    lines = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            lines = sum(line.endswith(b"\n") for line in islice(file, done))
+    if lines < done:
+        raise CheckpointError(
+            f"{remote.shown(folder)}: metrics.jsonl has {lines} whole lines of {done} rounds; to go on from an older "
+            f"checkpoint, delete checkpoints/{newest.name}"
+        )
 
 
 def _refuse_other_inputs(folder: Path, plan: Plan, console: Console) -> None:

@@ -1,14 +1,13 @@
 """Many runs on one Ray cluster, one table at the end; ``fedsim/grid.py`` says which runs.
 
 Ray Tune gives every run a process and a placement group of its own, starts as many as fit, starts those again that
-crash, which then go on from their checkpoints, and, where asked, stops early those that fall behind. Only ``_cluster``
-and below know of Tune; the rest holds wherever runs are executed. Data, cached tokens and pre-trained backbones lie in
-the cache's files, of which a machine holds one copy in memory.
+crash or lose what they run on, which then go on from their checkpoints, and, where asked, stops early those that fall
+behind. Only ``_cluster`` and below know of Tune; the rest holds wherever runs are executed. Data, cached tokens and
+pre-trained backbones lie in the cache's files, of which a machine holds one copy in memory.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import signal
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -34,8 +34,17 @@ from fedsim.actors import Weights
 from fedsim.callbacks import Callback
 from fedsim.comparison import shown
 from fedsim.config import Config
-from fedsim.errors import ConfigError, FedsimError, OutputError
-from fedsim.files import write_atomically
+from fedsim.errors import (
+    BlockFailedError,
+    CentralLostError,
+    ConfigError,
+    DeviceMemoryError,
+    FedsimError,
+    NoSimulatorsError,
+    OutputError,
+    RunError,
+)
+from fedsim.files import LOCK, locked, write_atomically
 from fedsim.grid import Run, Settings, Sweep, load
 from fedsim.ray_backend import connect, gpu_fraction
 from fedsim.report import report, seeds_table, write_results
@@ -44,9 +53,11 @@ from fedsim.simulation import refuse_relative, resume, run, terminate_as_interru
 from fedsim.tracking import Record
 from fedsim.uri import is_uri
 
-LOCK = ".lock"
 TUNES = ".tune"  # Tune's own folder, while it runs
-RETRIES = 2  # of a run whose process died
+RETRIES = 2  # of a run whose process died, or that lost what it runs on
+CURABLE = (
+    BlockFailedError, CentralLostError, DeviceMemoryError, NoSimulatorsError, OutputError, RunError, OSError, RayError
+)  # fmt: skip
 STOPPED = "stopped"  # a file in the folder of a run that was stopped early: after which round
 HALVING = 3  # of so many runs one goes on
 
@@ -166,16 +177,14 @@ def _resolved(config: Config) -> dict[str, Any]:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """The lock of a sweep's folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
-    except OSError as error:
-        raise OutputError(f"--out: {out} cannot be written to ({error.strerror})") from None
-    with file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out / LOCK))
         except BlockingIOError:
             raise OutputError(f"--out: {out} is in use by another sweep") from None
+        except OSError as error:
+            raise OutputError(f"--out: {out} cannot be written to ({error.strerror})") from None
         yield
 
 
@@ -208,12 +217,19 @@ class Board(tune.Callback):
             self._live.update(self._table(trials), refresh=True)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._log_death(trial)
-        _say(self._console, f"{trial.config['run']}: its process died, see its log; another one goes on in its place")
+        name = trial.config["run"]
+        if error := self._last.pop(name, {}).get("error"):
+            _say(self._console, f"{name}: failed, and is tried again ({error})")
+        else:
+            self._log_death(trial)
+            _say(self._console, f"{name}: its process died, see its log; another one goes on in its place")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._log_death(trial)
-        self._end(trial.config["run"], "its process died; see its log")
+        name = trial.config["run"]
+        error = self._last.get(name, {}).get("error")
+        if not error:
+            self._log_death(trial)
+        self._end(name, error or "its process died; see its log")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["run"]
@@ -278,15 +294,12 @@ def _cluster(configs: Mapping[str, Config], out: Path) -> Iterator[None]:
 def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int | None, early_stop: bool) -> None:
     """All runs, each as a trial."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told by the board and the runs' logs
-    most = 1 + max(config.rounds for config in configs.values())  # who gets to the last round writes its results
-    every = max(config.eval.every for config in configs.values())
-    asha = tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)
     trainable = tune.with_parameters(_trial, configs=dict(configs), out=out.absolute())
     tuner = tune.Tuner(
         tune.with_resources(trainable, lambda point: _resources(configs[point["run"]])),
         param_space={"run": tune.grid_search(list(configs))},
         tune_config=tune.TuneConfig(
-            metric="accuracy", mode="max", max_concurrent_trials=jobs, scheduler=asha if early_stop else None
+            metric="accuracy", mode="max", max_concurrent_trials=jobs, scheduler=_asha(configs) if early_stop else None
         ),
         run_config=tune.RunConfig(
             name=TUNES,
@@ -298,6 +311,12 @@ def _on_tune(configs: Mapping[str, Config], out: Path, board: Board, jobs: int |
     )
     with terminate_as_interrupt(signal.SIGTERM, signal.SIGHUP):  # Ray, when it starts, sets handlers of its own
         tuner.fit()
+
+
+def _asha(configs: Mapping[str, Config]) -> tune.schedulers.TrialScheduler:
+    most = 1 + max(config.rounds for config in configs.values())  # who gets to the last round writes its results
+    every = min(most, max(config.eval.every for config in configs.values()))
+    return tune.schedulers.ASHAScheduler("round", grace_period=every, max_t=most, reduction_factor=HALVING)
 
 
 def _resources(config: Config) -> tune.PlacementGroupFactory:
@@ -335,10 +354,19 @@ def _trial(point: Mapping[str, str], configs: Mapping[str, Config], out: Path) -
                 if not (folder / "metrics.jsonl").exists():
                     shutil.rmtree(folder, ignore_errors=True)  # it was stopped before it began
                 run(replace(configs[name], output=str(folder)), console, [ToTune()])
-        except Exception as error:  # the same again would end the same way; what Tune tries again is a process's death
+        except Exception as error:
             told = f"fedsim: {error}" if isinstance(error, FedsimError) else traceback.format_exc()
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
-            tune.report({"error": str(error).partition("\n")[0], "round": 0, "accuracy": 0.0})
+            with suppress(OSError):  # the disk may be full
+                _say(console, told)
+            line = str(error).strip().partition("\n")[0] or type(error).__name__
+            tune.report({"error": line, "round": 0, "accuracy": 0.0})
+            if _curable(error):
+                raise  # Tune tries again, as it does where a process died
+
+
+def _curable(error: Exception) -> bool:
+    """Whether the run, from its checkpoint, may end another way: it lost what it runs on, or could not write."""
+    return isinstance(error, CURABLE) or type(error) is FedsimError  # the base: an actor died while it started
 
 
 class ToTune(Callback):

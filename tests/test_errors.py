@@ -51,6 +51,7 @@ def test_mistakes_of_the_caller_are_told_apart() -> None:
         "DeviceMemoryError",
         "OwnCodeError",
         "NoSimulatorsError",
+        "RunError",
     }
 
 

@@ -1,15 +1,18 @@
-"""Files are whole or what they were; nothing else is left beside them."""
+"""Files are whole or what they were, nothing else is left beside them, and a lock is of one process at a time."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedsim import files
-from fedsim.files import replacing, unfinished, write_atomically
+from fedsim.files import locked, replacing, unfinished, write_atomically
 
 
 def there(folder: Path) -> dict[str, str]:
@@ -87,4 +90,59 @@ def test_a_text_that_is_none(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be(tmp_path: Path, place: str) -> None:
     with pytest.raises(OSError):
         write_atomically(tmp_path / place, "new")
+    assert there(tmp_path) == {}
+
+
+# Locks ---------------------------------------------------------------------------------------------------------------
+
+
+def refused(path: Path) -> bool:
+    try:
+        with locked(path):
+            return False
+    except BlockingIOError:
+        return True
+
+
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path / ".lock"):
+            assert refused(tmp_path / ".lock") and there(tmp_path) == {".lock": ""}
+        assert there(tmp_path) == {}
+
+
+def test_a_lock_dies_with_its_process_and_not_with_its_file(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from fedsim.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        assert refused(tmp_path / ".lock")
+        process.kill()
+    assert there(tmp_path) == {".lock": ""} and not refused(tmp_path / ".lock")
+
+
+def test_who_opened_a_lock_whose_holder_then_deleted_it_opens_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, flock = [], fcntl.flock
+
+    def late(descriptor: int, kind: int) -> None:
+        opened.append(descriptor)
+        if len(opened) == 1:
+            (tmp_path / ".lock").unlink()
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path / ".lock"):
+        assert len(opened) == 2 and there(tmp_path) == {".lock": ""} and refused(tmp_path / ".lock")
+
+
+def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path / ".lock"):
+        assert not refused(tmp_path / ".lock")
     assert there(tmp_path) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import zipfile
 from importlib.metadata import version
@@ -12,12 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from conftest import TINY
+from run_folders import results
 from safetensors.torch import save_file
 
+from fedsim import simulation
 from fedsim.__main__ import main
 from fedsim.config import ModelConfig
 from fedsim.models.vit import create_backbone
+from fedsim.simulator import Simulator
 
 
 @pytest.fixture
@@ -172,6 +177,143 @@ def test_resume_over_another_backbone_is_refused(tiny, capsys, tmp_path):
     save_file({name: value + 1 for name, value in backbone.state_dict().items()}, weights)
     (line,) = refused(["resume", str(tmp_path / "run")], capsys, tmp_path)
     assert "the backbone is not what the run began with (config.yaml, about.backbone.sha256: " in line
+
+
+def edited(folder: Path, key: str, value: object) -> None:
+    """A run's ``config.yaml``, by hand."""
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    *sections, name = key.split(".")
+    (tree[sections[0]] if sections else tree)[name] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounds") / "run"
+    assert main(["run", *TINY, "algorithm=pfedseq", "local.schedule=cosine", f"output={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def done(two_rounds: Path, tmp_path: Path) -> Path:
+    """A finished run of two rounds, to be edited."""
+    return Path(shutil.copytree(two_rounds, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("local.lr", 0.2, "local.lr: 0.1 then, 0.2 now"),
+        ("local.batch_size", 8, "local.batch_size: 4 then, 8 now"),
+        ("cohort", 3, "cohort: 4.0 then, 3.0 now"),
+        ("algorithm.learner", "lstm", "algorithm.learner: ssm then, lstm now"),
+        ("algorithm", "fedavg", "algorithm.name: pfedseq then, fedavg now"),
+        ("backend.threads", 2, "backend.threads: 1 then, 2 now"),
+        ("backend.block_size", 0, "backend.block_size: 8 then, 0 now"),
+        ("model.options", {"patch_size": 8, "qk_norm": True}, "model.options.qk_norm: None then, True now"),
+        ("rounds", 1, "rounds: 1, where 2 are done"),
+        ("rounds", 3, "rounds: 2 then, 3 now, on which local.schedule=cosine depends"),
+    ],
+)
+def test_resume_with_other_settings_names_the_first(done, capsys, tmp_path, key, value, told):
+    edited(done, key, value)
+    before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
+    line = f"{done}: the settings are not what the run began with (config.yaml, {told})"
+    assert refused(["resume", str(done)], capsys, tmp_path) == [line]
+    assert refused(["export", str(done), "--client", "0"], capsys, tmp_path) == [line]
+    assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eval.every", 2), ("nonfinite", "skip"), ("backend.on_client_error", "quarantine"), ("checkpoint.keep", 1),
+        ("tracking.project", "other"),
+    ],
+)  # fmt: skip
+def test_resume_with_settings_on_which_no_result_depends(done, key, value):
+    edited(done, key, value)
+    assert main(["resume", str(done)]) == 0
+
+
+def test_a_run_may_have_more_rounds_but_no_fewer_than_are_done(tiny, capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert main(tiny) == 0
+    edited(folder, "rounds", 4)
+    assert main(["resume", str(folder)]) == 0
+    assert main([*tiny, "rounds=4", f"output={tmp_path / 'undisturbed'}"]) == 0
+    assert results(folder) == results(tmp_path / "undisturbed")
+    for rounds in (2, 3):  # of which checkpoints know that there were four
+        edited(folder, "rounds", rounds)
+        (line,) = refused(["resume", str(folder)], capsys, tmp_path)
+        assert line.endswith(f"(config.yaml, rounds: {rounds}, where 4 are done)")
+
+
+def test_a_checkpoint_of_a_version_that_kept_no_settings_is_accepted(tiny, capsys, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(simulation, "_settings", lambda config: {})
+        assert main(tiny) == 0
+    edited(tmp_path / "run", "local.lr", 0.2)
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    edited(tmp_path / "run", "rounds", 1)
+    (line,) = refused(["resume", str(tmp_path / "run")], capsys, tmp_path)
+    assert line.endswith("(config.yaml, rounds: 1, where 2 are done)")
+
+
+@pytest.mark.parametrize(("left", "lines"), [(None, 0), (b"", 0), (b'{"round": 1}\n', 1), (b"{}\n{", 1)])
+def test_resume_over_a_gap_in_the_metrics_is_refused(done, capsys, tmp_path, left, lines):
+    file = done / "metrics.jsonl"
+    whole = file.read_bytes()
+    if left is None:
+        file.unlink()
+    else:
+        file.write_bytes(left)
+    (line,) = refused(["resume", str(done)], capsys, tmp_path)
+    assert line == (
+        f"{done}: metrics.jsonl has {lines} whole lines of 2 rounds; to go on from an older checkpoint, delete "
+        "checkpoints/round-00002"
+    )
+    file.write_bytes(whole.splitlines(keepends=True)[0])
+    shutil.rmtree(done / "checkpoints" / "round-00002")
+    assert main(["resume", str(done)]) == 0
+
+
+def test_a_run_that_lives_is_of_nobody_else(tiny, capsys, tmp_path, monkeypatch):
+    folder, train, answers = tmp_path / "run", Simulator.train, []
+
+    def tried(self, round, *values):
+        if round == 1:
+            answers.append(refused(["resume", str(folder)], capsys, tmp_path))
+            answers.append(refused([*tiny, f"output={folder}"], capsys, tmp_path))
+        return train(self, round, *values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Simulator, "train", tried)
+        assert main(tiny) == 0
+    assert main([*tiny, f"output={tmp_path / 'undisturbed'}"]) == 0
+    (resuming,), (running,) = answers
+    assert resuming == f"{folder}: in use by another process"
+    assert running.startswith(f"output: {folder} exists; ")
+    assert results(folder) == results(tmp_path / "undisturbed")
+
+
+def test_of_two_runs_that_begin_in_one_folder_one_goes_on(tiny, capsys, tmp_path, monkeypatch):
+    create, answers = simulation._create, []
+
+    def tried(folder, plan):
+        if not answers:
+            answers.append(refused([*tiny, f"output={folder}"], capsys, tmp_path))
+        create(folder, plan)
+
+    monkeypatch.setattr(simulation, "_create", tried)
+    assert main(tiny) == 0
+    assert answers == [[f"{tmp_path / 'run'}: in use by another process"]]
+
+
+def test_what_a_run_that_was_killed_before_it_began_leaves_is_no_hindrance(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert main(tiny) == 0
 
 
 def test_resume_with_other_versions_goes_on_and_tells(tiny, capsys, tmp_path):

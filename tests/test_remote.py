@@ -25,6 +25,7 @@ from fedsim import checkpoint, config, loop, remote, simulation
 from fedsim import uri as at
 from fedsim.__main__ import main
 from fedsim.errors import OutputError
+from fedsim.files import locked
 from fedsim.journal import Journal
 from fedsim.loop import Progress
 from fedsim.remote import working_folder
@@ -462,6 +463,16 @@ def test_what_cannot_be_used_costs_one_line(machine):
         with pytest.raises(OutputError) as caught:
             method("faulty://bucket/nothing")
         assert str(caught.value) == "faulty://bucket/nothing: not a run folder (no config.yaml)"
+
+
+def test_a_run_that_lives_here_is_of_nobody_else(machine):
+    live = begun().play(1)
+    before = {path: path.read_bytes() for path in live.folder.rglob("*") if path.is_file()}
+    with locked(remote.lock_of(live.folder)), pytest.raises(OutputError) as caught:
+        resume(URI)
+    assert str(caught.value) == f"{URI}: in use by another process"
+    assert {path: path.read_bytes() for path in live.folder.rglob("*") if path.is_file()} == before
+    assert not remote.lock_of(live.folder).is_relative_to(live.folder)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from conftest import TINY
+from ray.exceptions import RayError
 from rich.console import Console
 from run_folders import results
 
+from fedsim import errors
 from fedsim import sweep as sweeping
 from fedsim.__main__ import main
 from fedsim.config import load
 from fedsim.errors import ConfigError
-from fedsim.grid import SWEEPS, plan, split
+from fedsim.grid import SWEEPS, Uniform, plan, split
 
 GRID = ("algorithm=fedavg,local", "seed=0,1")
 NAMES = [f"algorithm={algorithm}-seed={seed}" for algorithm in ("fedavg", "local") for seed in (0, 1)]
@@ -111,6 +114,13 @@ def test_samples_are_the_same_for_all_variants_and_more_of_them_are_the_old_ones
         ("loguniform(0, 1)", "local.lr: 'loguniform(0, 1)' needs 0 < low < high"),
         ("uniform(2, 1)", "local.lr: 'uniform(2, 1)' needs low < high"),
         ("uniform(1)", "local.lr: 'uniform(1)' needs two numbers, as in uniform(1, 8)"),
+        ("uniform(1, inf)", "local.lr: 'uniform(1, inf)' needs finite bounds"),
+        ("uniform(nan, 1)", "local.lr: 'uniform(nan, 1)' needs finite bounds"),
+        ("loguniform(1, 1e999)", "local.lr: 'loguniform(1, 1e999)' needs finite bounds"),
+        ("uniform(-1e308, 1e308)", "local.lr: 'uniform(-1e308, 1e308)' is too wide: high - low is infinite"),
+        ("randint(0.2, 0.8)", "local.lr: 'randint(0.2, 0.8)' needs whole numbers from -2^63 to 2^63"),
+        ("randint(1, 1.5)", "local.lr: 'randint(1, 1.5)' needs whole numbers from -2^63 to 2^63"),
+        ("randint(0, 1e30)", "local.lr: 'randint(0, 1e30)' needs whole numbers from -2^63 to 2^63"),
     ],
 )
 def test_distributions_that_are_none(text, mistake):
@@ -119,9 +129,18 @@ def test_distributions_that_are_none(text, mistake):
     assert mistake in caught.value.mistakes
 
 
+def test_the_widest_distributions_are_drawn_from():
+    for text in (f"randint({-(2**63)}, {2**63})", "uniform(-8e307, 8e307)", "loguniform(1e-300, 1e300)"):
+        distribution = Uniform.read(text)
+        drawn = [float(distribution.sample("key", number)) for number in range(20)]
+        assert all(distribution.low <= value <= distribution.high for value in drawn) and len(set(drawn)) == 20
+
+
 def test_a_search_needs_samples_and_samples_a_search():
     with pytest.raises(ConfigError, match="--samples: how many, of what is searched"):
         plan(None, ["local.lr=uniform(0.1, 1)"])
+    with pytest.raises(ConfigError, match="--samples: how many, of what is searched"):
+        plan(None, ["local.lr=uniform(0.1, 1)"], -1)
     with pytest.raises(ConfigError, match="--samples: nothing is searched"):
         plan(None, ["local.lr=0.1,0.2"], 3)
 
@@ -185,6 +204,9 @@ def test_all_mistakes_are_reported_at_once_and_once(capsys, tmp_path, monkeypatc
     [
         (["pfedseq_lerner"], "config: no file 'pfedseq_lerner', did you mean 'pfedseq_learner'?"),
         (["seed=0,1", "--jobs", "0"], "--jobs: 0 is below 1"),
+        (["local.lr=uniform(0.1, 1)", "--samples", "-1"], "--samples: -1 is below 1"),
+        (["local.lr=uniform(0.1, 1)", "--samples", "0"], "--samples: 0 is below 1"),
+        (["--resume", ".", "--samples", "0"], "--samples: 0 is below 1"),
         (["seed=0,1", "--out", "."], "--out: . exists and is not the folder of a sweep"),
         (["seed=0,1", "--out", "file/sweep"], "--out: file/sweep cannot be written to"),
         (["seed=0,1", "--out", "s3://bucket/sweep"], "--out: a URI; the runs of a sweep need a folder"),
@@ -205,6 +227,7 @@ def test_shipped_sweeps_resolve_and_begin_with_their_command(file, monkeypatch):
     _, configs = plan(file.stem, [])
     assert len(configs) > 1
     assert {config.backend.name for config in configs.values()} == {"local"}
+    assert all(config.checkpoint.every < config.rounds for config in configs.values())  # one that is killed goes on
 
 
 def test_list_names_the_shipped_sweeps(capsys):
@@ -239,7 +262,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def test_every_run_has_a_folder_and_a_log(swept):
-    found = sorted(path.name for path in (swept / "out").iterdir() if path.name != sweeping.LOCK)
+    found = sorted(path.name for path in (swept / "out").iterdir())
     logs = [f"{name}.log" for name in NAMES]
     assert found == sorted([*NAMES, *logs, "report", "results.csv", "sweep.yaml", "table.csv"])
     assert "fedavg" in (swept / "out" / "report" / "table.csv").read_text()
@@ -449,13 +472,76 @@ def test_a_sweep_that_is_refused_leaves_its_folder_to_the_corrected_one(tmp_path
         patched.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
         (line,) = refused([*TINY, "seed=0,1", "backend.threads=3", "--out", "out"], capsys)
     assert line.startswith("backend: a run of the sweep takes 3 CPU, and the cluster has 2; ")
-    assert [path.name for path in Path("out").iterdir()] == [sweeping.LOCK]
+    assert not any(Path("out").iterdir())
 
     monkeypatch.setattr(sweeping, "_cluster", lambda *_: nullcontext())
     monkeypatch.setattr(sweeping, "_on_tune", lambda configs, *_: begun.extend(configs))
     begun: list[str] = []
     assert main(["sweep", *TINY, "seed=0,1", "backend.threads=2", "--out", "out"]) == 0
     assert begun == ["seed=0", "seed=1"] and "backend.threads=2" in Path("out/sweep.yaml").read_text()
+
+
+def test_what_a_person_reads_of_runs_that_are_tried_again(tmp_path, capsys):
+    board = sweeping.Board(plan(None, ["seed=0,1,2"])[0].runs(), tmp_path, Console(width=160))
+    lost, died, both = map(Trial, ("seed=0", "seed=1", "seed=2"))
+    told = {"error": "round 3: no simulators", "round": 0, "accuracy": 0.0}
+    for trial in (lost, both):
+        board.on_trial_result(1, [], trial, told)
+        board.on_trial_recover(1, [], trial)
+    board.on_trial_recover(1, [], died)
+    board.on_trial_result(1, [], lost, told)
+    for trial in (lost, died, both):  # the last one's process dies before it has told anything
+        board.on_trial_error(1, [], trial)
+    assert capsys.readouterr().out.splitlines() == [
+        "seed=0: failed, and is tried again (round 3: no simulators)",
+        "seed=2: failed, and is tried again (round 3: no simulators)",
+        "seed=1: its process died, see its log; another one goes on in its place",
+        *(f"{at}/3  seed={at - 1}  failed" for at in (1, 2, 3)),
+    ]
+    assert list(board.failed.values()) == [
+        "failed: seed=0 (round 3: no simulators)",
+        "failed: seed=1 (its process died; see its log)",
+        "failed: seed=2 (its process died; see its log)",
+    ]
+    death = "fedsim: the process of this run died\n"
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
+    assert logs == {"seed=1": 2 * death, "seed=2": death}
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (errors.BlockFailedError(1, [3], 3, "killed"), True),
+        (errors.CentralLostError(1, "killed"), True),
+        (errors.DeviceMemoryError("1 clients in a block: out of memory"), True),
+        (errors.NoSimulatorsError(1, 600.0, "run"), True),
+        (errors.FedsimError("central died while it started"), True),
+        (errors.OutputError("run: cannot be written"), True),
+        (errors.RunError("run: cannot be written"), True),
+        (OSError(28, "No space left on device"), True),
+        (RayError("the cluster is gone"), True),
+        (errors.CheckpointError("run: no valid checkpoint is left"), False),
+        (errors.ClientError("train", 1, [3], "ValueError"), False),
+        (errors.OwnCodeError("env=mine: build", "ValueError"), False),
+        (ConfigError(["local.lr: 'x' is not a number"]), False),
+        (errors.DataError("no images"), False),
+        (errors.WeightsError("other shapes"), False),
+        (ValueError(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_retry_may_cure_is_left_to_tune(tmp_path, monkeypatch, error, again):
+    def fails(*_: Any) -> None:
+        raise error
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(sweeping, "run", fails)
+    monkeypatch.setattr("ray.tune.report", told.append)
+    with pytest.raises(type(error)) if again else nullcontext():
+        sweeping._trial({"run": "seed=0"}, {"seed=0": load(None, TINY)}, tmp_path)
+    line = str(error).partition("\n")[0] or "ValueError"
+    assert told == [{"error": line, "round": 0, "accuracy": 0.0}]
+    assert line in (tmp_path / "seed=0.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -526,6 +612,76 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_and_one_that_always_is
     assert sum(line.endswith("/3  deaths=9  failed") for line in printed) == 1
     assert "failed: deaths=9 (its process died; see its log)" in printed
     assert printed[-1].endswith("; try again with: python -m fedsim sweep --resume out --jobs 2")
+
+
+LOST = """
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsim.algorithms.fedavg import FedAvg
+from fedsim.errors import NoSimulatorsError
+
+
+class Lost(FedAvg):
+    '''FedAvg that loses its simulators in round 2, the first so many times; below 0: it fails. Files remember it.'''
+
+    @dataclass(frozen=True)
+    class Config:
+        folder: str = ""
+        losses: int = 0
+
+    def aggregate(self, server, cohort, update, rows):
+        losses = self.config.losses
+        lost = len(list(Path(self.config.folder).glob(f"of{losses}-*")))
+        if cohort.round == 1 and lost < abs(losses):
+            Path(self.config.folder, f"of{losses}-{lost + 1}").touch()
+            raise NoSimulatorsError(1, 600.0, "here") if losses > 0 else ValueError("mine")
+        return super().aggregate(server, cohort, update, rows)
+"""
+
+
+def test_a_run_that_loses_its_simulators_is_tried_again_from_its_checkpoint_and_one_with_an_error_of_its_own_is_not(
+    tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "lost.py").write_text(LOST)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["algorithm=lost:Lost", f"algorithm.folder={tmp_path}", "algorithm.losses=0,1,9,-9"]
+    settings = [*TINY, "rounds=3", "backend.dashboard=false", *own]
+    assert main(["sweep", *settings, "--out", "out", "--jobs", "2"]) == 1
+
+    assert sorted(path.name for path in tmp_path.glob("of*")) == ["of-9-1", "of1-1", "of9-1", "of9-2", "of9-3"]
+    assert results(tmp_path / "out" / "losses=1") == results(tmp_path / "out" / "losses=0")
+    for name, resumed in (("losses=0", 0), ("losses=1", 1), ("losses=9", 2), ("losses=-9", 0)):
+        log = (tmp_path / "out" / f"{name}.log").read_text()
+        assert log.count(f"{name} after round 1 of 3") == log.count("resuming") == resumed
+        assert "process of this run died" not in log
+    printed = capsys.readouterr().out.splitlines()
+    lost = (
+        "round 2: no simulator could be started for 600 s; the last checkpoint is whole; once the cluster has room: "
+        "python -m fedsim resume here"
+    )
+    tried = [printed.count(f"losses={losses}: failed, and is tried again ({lost})") for losses in (0, 1, 9, -9)]
+    assert tried == [0, 1, 2, 0]
+    assert f"failed: losses=9 ({lost})" in printed
+    assert any(line.startswith("failed: losses=-9 (aggregate failed in round 2, clients [") for line in printed)
+    status = [row["status"] for row in rows(tmp_path / "out" / "results.csv")]
+    assert status == ["finished", "finished", "failed", "failed"]
+
+
+@pytest.fixture(scope="module")
+def one_cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_a_sweep_of_fewer_rounds_than_an_evaluation_takes_runs_to_its_end(tmp_path, one_cluster, early_stop):
+    settings = [*TINY, "eval.every=5", "rounds=2", "eval.validation=0.2", "seed=0,1"]
+    sweep, configs = plan(None, settings)
+    assert sweeping.run_sweep(sweep, configs, tmp_path / "out", Console(quiet=True), "again", early_stop=early_stop)
+    assert [row["status"] for row in rows(tmp_path / "out" / "results.csv")] == ["finished"] * 2
 
 
 RIGHT = """

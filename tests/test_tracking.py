@@ -140,6 +140,21 @@ def test_tensorboard_has_the_settings_and_who_holds_what(tmp_path: Path, tiny_pl
     assert picture.step == 0 and (drawn == partition_picture(data)).all()
 
 
+def test_tensorboard_is_on_disk_before_a_checkpoint_is(
+    tmp_path: Path, tiny_config: Any, tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr("fedsim.tracking.tensorboard.flush", lambda path: flushed[-1][1].append(path.name))
+    board = TensorBoard(tmp_path, tiny_config("rounds=5", "checkpoint.every=2"), tiny_plan.workload.data)
+    for round in range(1, 6):
+        flushed.append((round, []))
+        board.on_round(record(round), None)
+    board.close()
+    (file,) = tmp_path.iterdir()
+    both = [file.name, tmp_path.name]
+    assert flushed == [(1, []), (2, both), (3, []), (4, both), (5, both)]
+
+
 @pytest.mark.parametrize(("rounds_done", "kept"), [(1, [(1, 1.5), (2, 9.0)]), (0, [(1, 9.0), (2, 9.0)])])
 def test_tensorboard_hides_what_a_killed_run_wrote_past_its_checkpoint(
     rounds_done: int, kept: list[tuple[int, float]], tmp_path: Path, tiny_plan: Plan

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedsim.config import Config
 from fedsim.env import FederatedData
+from fedsim.files import flush
 from fedsim.tracking.record import Record, flat, settings
 
 COMPARED = ("accuracy/mean", "accuracy/p10", "loss")  # with the settings of other runs, under HPARAMS
@@ -22,6 +23,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # a second to import; only runs need it
         from torch.utils.tensorboard.summary import hparams
 
+        self._folder, self._every, self._rounds = folder, config.checkpoint.every, config.rounds
         # Step 0 is what is known before round 1; a run without a checkpoint begins with it again.
         self._writer = SummaryWriter(str(folder), purge_step=rounds_done + 1 if rounds_done else 0)
         if not rounds_done:
@@ -38,6 +40,10 @@ class TensorBoard:
         if accuracies is not None:
             self._writer.add_histogram("clients/accuracy", accuracies, record["round"])
         self._writer.flush()
+        if record["round"] % self._every == 0 or record["round"] == self._rounds:
+            # A checkpoint comes next; one that outlives a loss of power without this would leave a gap.
+            for path in (*self._folder.iterdir(), self._folder):
+                flush(path)
 
     def close(self) -> None:
         self._writer.close()

@@ -196,6 +196,11 @@ def test_mistakes(wrong: dict[str, Any], line: str) -> None:
     assert mistakes == [line]
 
 
+def test_a_cache_where_nothing_can_be_written_is_no_full_disk() -> None:
+    with pytest.raises(DataError, match=r"^cache '/proc/x' cannot be written: "):
+        build(Path("/proc/x"))
+
+
 def test_more_images_than_the_disk_has_room_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^env\.num_clients=100000000: 8000000000 images take 22888 GiB, "):
         build(tmp_path / "cold", num_clients=100_000_000)

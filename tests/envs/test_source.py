@@ -6,7 +6,9 @@ import errno
 import io
 import json
 import os
+import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from PIL import Image
 from trees import KINDS, Tree, encoded, png
 
 from fedsim import cache
-from fedsim.cache import cached
+from fedsim.cache import cached, room
 from fedsim.envs import archive
 from fedsim.envs.source import decode_cache, existing, listing
 from fedsim.errors import DataError
@@ -314,6 +316,60 @@ def test_a_file_above_the_bound(tree: Tree, tmp_path: Path, monkeypatch: pytest.
         decoded(path, 8, tmp_path / "cache")
 
 
+ARCHIVES = KINDS[1:]
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+@pytest.mark.parametrize("name", ["about.bin", ".cache/about.bin"])
+def test_a_file_above_the_bound_that_is_no_image(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    monkeypatch.setattr(archive, "MAX_BYTES", 1000)
+    path = tree({**PLAIN, name: bytes(1001)}, kind)
+    assert refused(path).endswith(f"{name!r} has 1001 bytes, more than 1000")
+
+
+def test_a_large_file_in_a_folder_is_not_read_and_not_refused(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MAX_BYTES", 1000)
+    assert len(listing(tree({**PLAIN, "about.bin": bytes(1001)})).members) == 3
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz", "tgz"])
+def test_an_archive_that_unfolds_into_too_much(tree: Tree, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 1000)
+    path = tree({**PLAIN, **{f"cat/{at}.bin": bytes(10**6) for at in range(20)}}, kind)
+    most = 100 * path.stat().st_size
+    assert most < 20 * 10**6
+    assert refused(path).endswith(f"its files have more than {most} bytes, as those of a decompression bomb")
+    monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 21 * 10**6)
+    assert len(listing(path).members) == 3
+
+
+def test_an_archive_of_five_gib_of_images_is_none_that_unfolds_into_too_much(tmp_path: Path) -> None:
+    path = tmp_path / "large.tar"
+    with path.open("wb") as file:
+        for at in range(80):  # their contents are holes
+            image = tarfile.TarInfo(f"cat/{at:02}.png")
+            image.size = archive.MAX_BYTES
+            file.write(image.tobuf())
+            file.seek(image.size, os.SEEK_CUR)
+        file.write(bytes(1024))
+    assert path.stat().st_size > 5 * 2**30
+    assert len(listing(path).members) == 80
+
+
+def test_an_image_that_is_larger_than_its_zip_declares(tree: Tree, tmp_path: Path) -> None:
+    size = 2**25 + 1
+    path = tree({"cat/1.png": bytes(size)}, "zip")
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", 9)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="cannot be read, it may be damaged: Bad CRC-32"):
+        decoded(path, 8, tmp_path / "cache")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
 def test_an_image_of_a_damaged_zip(tree: Tree, tmp_path: Path) -> None:
     path = tree(PLAIN, "zip")
     content = bytearray(path.read_bytes())
@@ -416,6 +472,12 @@ def test_a_full_disk_is_one_line(tree: Tree, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(DataError, match=r"cache .* cannot be written: .*No space left on device"):
         decoded(tree(PLAIN), 8, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_where_nothing_can_be_written_is_no_full_disk(tmp_path: Path) -> None:
+    assert room(tmp_path / "not" / "yet") > 0 and not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"^cache '/proc/x' cannot be written: "):
+        room(Path("/proc/x"))
 
 
 def test_a_cache_that_cannot_be_a_folder(tree: Tree, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import fedsim.algorithms.pfedseq
 import fedsim.envs.shapes
 import fedsim.simulation  # noqa: F401
 from fedsim.__main__ import main
+from fedsim.files import LOCK
 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate")
 
@@ -45,8 +46,10 @@ def drive(arguments: list[str], moment: int) -> tuple[int, int]:
 
 
 def writes(path: Any, mode: str | None, flags: int) -> bool:
-    # TensorBoard opens its file for every number, in a thread: so many moments would leave few for all else.
-    return bool(flags & (os.O_WRONLY | os.O_RDWR)) and "tfevents" not in str(path)
+    # TensorBoard opens its file for every number, in a thread: so many moments would leave few for all else. And each
+    # driver makes the lock anew, in which nothing outlives it.
+    mentioned = str(path)
+    return bool(flags & (os.O_WRONLY | os.O_RDWR)) and "tfevents" not in mentioned and not mentioned.endswith(LOCK)
 
 
 if __name__ == "__main__":
