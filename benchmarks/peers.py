@@ -43,8 +43,8 @@ from fedsim import checkpoint
 from fedsim.config import load
 from fedsim.layout import Layout
 from fedsim.plan import Plan, prepare
+from fedsim.provenance import versions
 from fedsim.ray_backend import RayBackend
-from fedsim.simulation import versions
 
 HERE = Path(__file__).resolve().parent
 PINNED = ("flwr[simulation]==1.41.0", "ray==2.55.1", "pfl==0.6.0")

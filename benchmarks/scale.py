@@ -33,8 +33,8 @@ from fedsim.env import Env, FederatedData, Ragged
 from fedsim.local import LocalContext
 from fedsim.loop import Progress, run_rounds
 from fedsim.plan import Plan, prepare
+from fedsim.provenance import versions
 from fedsim.schema import setting
-from fedsim.simulation import versions
 from fedsim.tracking import JsonLines, Tracker
 
 IMAGES, CLASSES, PX = 64, 2, 16

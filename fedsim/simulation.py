@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +18,19 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fedsim import __version__, checkpoint, remote, tracking
+from fedsim import checkpoint, remote, tracking
 from fedsim.backend import Backend, LocalBackend, make_backend
 from fedsim.callbacks import Callback, Called
 from fedsim.config import BackendConfig, Config, load, to_tree
 from fedsim.env import save_partition
 from fedsim.errors import CentralLostError, CheckpointError, FedsimError, OutputError, RunError, UserError
 from fedsim.files import LOCK, locked, write_atomically
+from fedsim.going_on import refuse_gap, refuse_other_inputs, refuse_other_settings, settings_of
+from fedsim.interrupts import stoppable
 from fedsim.loop import Progress, run_rounds, summarise, write_results
 from fedsim.plan import Plan, prepare
 from fedsim.probe import told, with_sizes
-from fedsim.schema import from_yaml
+from fedsim.provenance import commit, versions
 from fedsim.simulator import guarded
 from fedsim.tracking import Tracker, closing_table
 from fedsim.uri import is_uri
@@ -42,11 +40,6 @@ if TYPE_CHECKING:
 
 MOST_RESTARTS = 3  # of a central actor that is lost again and again before another round is done
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # names may look like markup
-_MAY_CHANGE = ("output", "checkpoint", "tracking", "nonfinite", "eval.every", "model.weights", "backend")
-"""Keys and sections that a run may go on with other values of; what ``model.weights`` hold is compared by itself."""
-_MAY_NOT = ("backend.threads", "backend.block_size")
-"""But for these of them: they are part of the arithmetic."""
-_PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "omegaconf")
 
 
 @dataclass(frozen=True)
@@ -134,10 +127,10 @@ def _resume(folder: Path, console: Console, callbacks: Sequence[Callback]) -> Re
     tracking.refuse_missing(config.tracking)
     newest = _newest(folder, console)
     if newest:
-        _refuse_other_settings(folder, newest, config)
-        _refuse_gap(folder, newest)
+        refuse_other_settings(folder, newest, config)
+        refuse_gap(folder, newest)
     plan = prepare(config)
-    _refuse_other_inputs(folder, plan, console)
+    refuse_other_inputs(folder, plan, console)
     backend = make_backend(plan.workload, plan.params, remote.shown(folder))
     try:
         progress = _restored(plan, backend, newest)
@@ -164,9 +157,9 @@ def restored(folder: Path, console: Console) -> Iterator[tuple[Plan, LocalBacken
     if newest is None:
         raise CheckpointError(f"{remote.shown(folder)}: the run has no checkpoint yet")
     config = load(folder / "config.yaml")
-    _refuse_other_settings(folder, newest, config)
+    refuse_other_settings(folder, newest, config)
     plan = prepare(replace(config, backend=replace(config.backend, name="local")))
-    _refuse_other_inputs(folder, plan, console)
+    refuse_other_inputs(folder, plan, console)
     backend = LocalBackend(plan.workload, plan.params)
     try:
         yield plan, backend, _restored(plan, backend, newest).round
@@ -217,13 +210,13 @@ def _bytes_of_lines(path: Path, lines: int) -> int:
 
 def _restored(plan: Plan, backend: Backend, newest: Path | None) -> Progress:
     """Where the checkpoint stands, with the back end's server brought there; without one: the start."""
-    settings = _settings(plan.workload.config)
+    kept = settings_of(plan.workload.config)
     if newest is None:
-        return Progress(0, [0] * plan.workload.data.num_clients, settings=settings)
+        return Progress(0, [0] * plan.workload.data.num_clients, settings=kept)
     facts = backend.load(newest)
     try:
         replace(backend.failures, **facts["failures"])  # as resume will
-        return Progress(**{**facts, "settings": settings})  # its own may have had fewer rounds
+        return Progress(**{**facts, "settings": kept})  # its own may have had fewer rounds
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{newest}: of another version of fedsim ({error})") from None
 
@@ -373,140 +366,3 @@ def _write_inputs(folder: Path, plan: Plan) -> None:
 def _refuse_other_folder(folder: Path) -> None:
     if not os.path.isfile(folder / "config.yaml"):
         raise OutputError(f"{remote.shown(folder)}: not a run folder (no config.yaml)")
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings that results depend on, by name, as JSON has them."""
-    found: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(to_tree(config))).items():
-        found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-    return {key: value for key, value in found.items() if key in _MAY_NOT or not _may_change(key)}
-
-
-def _may_change(key: str) -> bool:
-    return key in _MAY_CHANGE or key.partition(".")[0] in _MAY_CHANGE
-
-
-def _refuse_other_settings(folder: Path, newest: Path, config: Config) -> None:
-    """A run goes on only with the settings that its results depend on; but it may have more rounds.
-
-    What a checkpoint does not name is of a later version, or in one of an earlier version, and is accepted.
-
-    Raises:
-        CheckpointError: they are others; with the first difference.
-    """
-    facts, now = checkpoint.facts_of(newest), _settings(config)
-    try:
-        before, done = facts.get("settings", {}), facts["round"]
-        parts = (_difference(key, value, now.get(key)) for key, value in before.items() if key != "rounds")
-        found = next(filter(None, parts), "") or _other_rounds(before.get("rounds", config.rounds), done, config)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{newest}: of another version of fedsim ({error})") from None
-    if found:
-        raise CheckpointError(
-            f"{remote.shown(folder)}: the settings are not what the run began with (config.yaml, {found})"
-        )
-
-
-def _other_rounds(then: int, done: int, config: Config) -> str:
-    """What is wrong with a number of rounds that was another one when so many were done; empty: nothing."""
-    now, local = config.rounds, config.local
-    if now < done or now == done != then:  # the last round of a run is evaluated, which this one may not have been
-        return f"rounds: {now}, where {done} are done"
-    if now != then and local.in_round(done - 1, now) != local.in_round(done - 1, then):
-        return f"rounds: {then} then, {now} now, on which local.schedule={local.schedule} depends"
-    return ""
-
-
-def _refuse_gap(folder: Path, newest: Path) -> None:
-    """A run goes on only with a line of ``metrics.jsonl`` for each of the rounds done.
-
-    Raises:
-        CheckpointError: there are fewer.
-    """
-    path, done = folder / "metrics.jsonl", checkpoint.facts_of(newest)["round"]
-    lines = 0
-    if path.is_file():
-        with path.open("rb") as file:
-            lines = sum(line.endswith(b"\n") for line in islice(file, done))
-    if lines < done:
-        raise CheckpointError(
-            f"{remote.shown(folder)}: metrics.jsonl has {lines} whole lines of {done} rounds; to go on from an older "
-            f"checkpoint, delete checkpoints/{newest.name}"
-        )
-
-
-def _refuse_other_inputs(folder: Path, plan: Plan, console: Console) -> None:
-    """A run goes on only over the data and the backbone that it began with; other versions are told.
-
-    Raises:
-        CheckpointError: these are others; with the first difference.
-    """
-    before = from_yaml((folder / "config.yaml").read_text(encoding="utf-8")).get("about")
-    before = before if isinstance(before, dict) else {}
-    for name, what in (("data", "env's data are"), ("backbone", "backbone is"), ("row", "adapters' layout is")):
-        if found := _difference(f"about.{name}", before.get(name), json.loads(json.dumps(plan.about[name]))):
-            raise CheckpointError(f"{folder}: the {what} not what the run began with (config.yaml, {found})")
-    if found := _difference("about.versions", before.get("versions"), versions()):
-        console.print(f"the run began with other versions, results may differ in their last digits ({found})", **_PLAIN)
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    """The first value in which two trees differ, by its name; empty: there is none."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        parts = (_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in dict.fromkeys([*before, *now]))
-        return next(filter(None, parts), "")
-    return "" if before == now else f"{name}: {str(before)[:80]} then, {str(now)[:80]} now"
-
-
-def versions() -> dict[str, str]:
-    """Versions of fedsim and of what its results depend on."""
-    return {"fedsim": __version__, **{name: metadata.version(name) for name in _PACKAGES}}
-
-
-def commit() -> str | None:
-    """The commit of the checkout that runs, with a + where it was changed; ``None`` outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-@contextmanager
-def terminate_as_interrupt(*kinds: signal.Signals) -> Iterator[None]:
-    """These signals, where they are not ignored (nohup), end the main thread's work like Ctrl-C."""
-    with _handling(dict.fromkeys(kinds, signal.default_int_handler)):
-        yield
-
-
-@contextmanager
-def stoppable(backend: Backend) -> Iterator[None]:
-    """The first Ctrl-C ends the work when the blocks in flight are done; a second one, or SIGTERM, ends it now."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        if backend.stopping:
-            raise KeyboardInterrupt
-        backend.stopping = True
-        # No print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after the blocks in flight; Ctrl-C again stops now\n")
-
-    with _handling({signal.SIGINT: interrupt, signal.SIGTERM: signal.default_int_handler}):
-        yield
-
-
-@contextmanager
-def _handling(handlers: Mapping[signal.Signals, Callable[[int, Any], Any]]) -> Iterator[None]:
-    """Handlers of signals, in the main thread, for those that are not ignored."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for kind, handler in handlers.items():
-            if signal.getsignal(kind) is not signal.SIG_IGN:
-                before[kind] = signal.signal(kind, handler)
-    try:
-        yield
-    finally:
-        for kind, handler_before in before.items():
-            signal.signal(kind, handler_before)

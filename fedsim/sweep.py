@@ -46,10 +46,11 @@ from fedsim.errors import (
 )
 from fedsim.files import LOCK, locked, write_atomically
 from fedsim.grid import Run, Settings, Sweep, load
+from fedsim.interrupts import terminate_as_interrupt
 from fedsim.ray_backend import connect, gpu_fraction
 from fedsim.report import report, seeds_table, write_results
 from fedsim.results import flat, flat_summary
-from fedsim.simulation import refuse_relative, resume, run, terminate_as_interrupt
+from fedsim.simulation import refuse_relative, resume, run
 from fedsim.tracking import Record
 from fedsim.uri import is_uri
 
