@@ -251,7 +251,7 @@ def test_a_run_may_have_more_rounds_but_no_fewer_than_are_done(tiny, capsys, tmp
 
 def test_a_checkpoint_of_a_version_that_kept_no_settings_is_accepted(tiny, capsys, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(simulation, "_settings", lambda config: {})
+        patched.setattr(simulation, "settings_of", lambda config: {})
         assert main(tiny) == 0
     edited(tmp_path / "run", "local.lr", 0.2)
     assert main(["resume", str(tmp_path / "run")]) == 0
