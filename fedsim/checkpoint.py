@@ -191,9 +191,9 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """The value as JSON, its tensors moved to ``tensors`` under their numbers; ``path`` is for messages."""
     if isinstance(value, torch.Tensor):
         # A copy: safetensors refuses tensors that share their memory.
-        number = str(len(tensors))
-        tensors[number] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": number}
+        number, order = str(len(tensors)), _order(value)
+        tensors[number] = value.detach().cpu().permute(order).clone(memory_format=torch.contiguous_format)
+        return {"tensor": number} if order == sorted(order) else {"tensor": number, "order": order}
     if isinstance(value, dict):
         return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -205,9 +205,20 @@ def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"a checkpoint cannot hold {path!r}, a {type(value).__name__}")
 
 
+def _order(value: torch.Tensor) -> list[int]:
+    """A tensor's axes, those with the longest strides first."""
+    strides = value.stride()
+    axes = list(range(value.dim()))
+    return axes if value.is_contiguous() else sorted(axes, key=lambda axis: -strides[axis])
+
+
 def _unpack(packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     if "tensor" in packed:
-        return tensors[packed["tensor"]]
+        # Where a tensor begins in memory, and its strides, show in the last bits of products: in the file it begins
+        # where the one before has ended, a copy where torch lets all begin.
+        tensor = tensors[packed["tensor"]].clone()
+        order = packed.get("order", range(tensor.dim()))
+        return tensor.permute([order.index(axis) for axis in range(tensor.dim())])
     if "dict" in packed:
         return {key: _unpack(item, tensors) for key, item in packed["dict"]}
     if "list" in packed:

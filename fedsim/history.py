@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.journal import PART_BYTES, Journaled
-from fedsim.store import BUDGET_BYTES, allocate
+from fedsim.store import ALIGNMENT, BUDGET_BYTES, allocate
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,16 +50,15 @@ class History(Journaled):
             raise ValueError(f"a history's dtype is one of {', '.join(_DTYPES)}, not {dtype!r}")
         self.capacity, self.dim = capacity, dim
         self._window_rounds, self._per_client = rounds, per_client
-        row = dim * _DTYPES[dtype].itemsize  # in bytes, since numpy has no bfloat16
-        rows = _rows(capacity)
+        row, rows = _row_bytes(dim, dtype), _rows(capacity)  # in bytes, since numpy has no bfloat16
         stored = allocate((rows, row), np.dtype(np.uint8), on_disk=rows * row > budget_bytes)
-        self._tokens = torch.from_numpy(stored).view(_DTYPES[dtype])
+        self._tokens = torch.from_numpy(stored).view(_DTYPES[dtype])[:, :dim]
         self.clear()
 
     @staticmethod
     def memory_bytes(capacity: int, dim: int, dtype: str = "fp32", budget_bytes: int = BUDGET_BYTES) -> int:
         """Bytes of memory that the tokens take once it is full, without the copies that reading bf16 makes."""
-        return min(_rows(capacity) * dim * _DTYPES[dtype].itemsize, budget_bytes)
+        return min(_rows(capacity) * _row_bytes(dim, dtype), budget_bytes)
 
     def clear(self) -> None:
         self._start = 0  # the oldest one's row
@@ -179,6 +178,11 @@ class History(Journaled):
 def _rows(capacity: int) -> int:
     """Of the array: so many more than tokens that moving them all is rare."""
     return capacity + max(1, capacity // 2)
+
+
+def _row_bytes(dim: int, dtype: str) -> int:
+    """Of a token in the array: every one begins as the first does, wherever the oldest is (``ALIGNMENT``)."""
+    return -(-dim * _DTYPES[dtype].itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def _newer(clients: Tensor) -> Tensor:

@@ -17,13 +17,20 @@ from torch import Tensor
 from fedsim.algorithm import State
 from fedsim.journal import PART_BYTES, Journaled
 
+ALIGNMENT = 64  # bytes, as torch's own
 BUDGET_BYTES = 4 << 30
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype, on_disk: bool, folder: Path | None = None) -> np.ndarray:
-    """Zeros of this shape, in memory or in a file under ``folder`` that is gone with the array."""
+    """Zeros of this shape, in memory or in a file under ``folder`` that is gone with the array.
+
+    They begin at a multiple of ``ALIGNMENT``: where numbers begin shows in the last bits of products of matrices.
+    """
     if not on_disk:
-        return np.zeros(shape, dtype)  # calloc: no page is taken before it is written
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        raw = np.zeros(nbytes + ALIGNMENT, np.uint8)  # calloc: no page is taken before it is written
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + nbytes].view(dtype).reshape(shape)
     # Unlinked when closed: the file is memory, the checkpoint is what lasts.
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 – it lives as long as the map
     file.truncate(int(np.prod(shape)) * dtype.itemsize)

@@ -174,7 +174,7 @@ def orthonormal(width: int, state_size: int, generator: torch.Generator) -> Tens
     """A random projection ``[k, n]`` that keeps lengths on average: orthonormal columns, or rows where k < n."""
     drawn = torch.randn(max(width, state_size), min(width, state_size), generator=generator)
     columns = torch.linalg.qr(drawn).Q * math.sqrt(max(1.0, width / state_size))
-    return columns if width >= state_size else columns.t().contiguous()
+    return (columns if width >= state_size else columns.t()).contiguous()
 
 
 def softplus_inverse(value: float) -> float:
