@@ -269,3 +269,15 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00010", "round-00011"]
     prune(tmp_path, 5)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_tensors_come_back_as_they_lay_in_memory(tmp_path: Path) -> None:
+    across, odd = torch.arange(6.0).view(2, 3).t(), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
+    tree = {"one": torch.ones(1), "across": across, "odd": odd, "flat": torch.arange(3.0), "few": across[:, :1]}
+    save(tmp_path / "round-00001", tree)
+    loaded = load(tmp_path / "round-00001")
+    for name, value in tree.items():
+        assert torch.equal(loaded[name], value)
+        assert loaded[name].data_ptr() % 64 == torch.ones(1).data_ptr() % 64 == 0
+        if name != "few":  # which had gaps
+            assert loaded[name].stride() == value.stride()

@@ -176,7 +176,7 @@ def test_tokens_are_read_without_a_copy_and_move_to_the_front_when_the_end_is_re
         tokens = history.tokens()
         assert tokens.flatten().tolist() == [float(n) for n in range(max(0, 2 * round - 2), 2 * round + 2)]
         assert history.tokens(3).flatten().tolist() == tokens.flatten().tolist()[-3:]
-        rows.append(tokens.storage_offset())
+        rows.append(tokens.storage_offset() // tokens.stride(0))
     assert rows == [0, 0, 2, 0]
 
 
@@ -298,11 +298,11 @@ def test_a_smaller_history_takes_what_it_would_keep() -> None:
 
 def test_past_the_budget_tokens_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    History(5, 4, budget_bytes=112)  # an array of 7 tokens x 4 float32
-    History(5, 4, budget_bytes=56, dtype="bf16")
-    for budget_bytes, dtype in ((111, "fp32"), (55, "bf16")):
+    History(5, 20, budget_bytes=896)  # an array of 7 tokens x 20 float32, each at a multiple of 64 bytes
+    History(5, 20, budget_bytes=448, dtype="bf16")
+    for budget_bytes, dtype in ((895, "fp32"), (447, "bf16")):
         with pytest.raises(FileNotFoundError):
-            History(5, 4, budget_bytes=budget_bytes, dtype=dtype)
+            History(5, 20, budget_bytes=budget_bytes, dtype=dtype)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are read from /proc")
@@ -318,9 +318,10 @@ def test_the_file_is_gone_with_the_history(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_memory_bytes() -> None:
-    assert History.memory_bytes(5, 4) == 112  # of seven tokens: as many again as half of five
-    assert History.memory_bytes(5, 4, dtype="bf16") == 56
-    assert History.memory_bytes(5, 4, budget_bytes=64) == 64
+    # Of seven tokens, as many again as half of five; 80 and 40 bytes, at multiples of 64.
+    assert History.memory_bytes(5, 20) == 7 * 128
+    assert History.memory_bytes(5, 20, dtype="bf16") == 7 * 64
+    assert History.memory_bytes(5, 20, budget_bytes=64) == 64
 
 
 def test_no_capacity_is_refused() -> None:
@@ -345,3 +346,14 @@ def test_tokens_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tokens have shape \(2, 1\), expected \(2, 2\)"):
         history.append(1, torch.tensor([4, 5]), torch.ones(2, 1))
     assert content(history) == [(0, 1)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("budget_bytes", [1 << 30, 0])
+def test_every_token_begins_alike_wherever_it_lies(dtype: str, budget_bytes: int) -> None:
+    history = History(3, 5, dtype=dtype, budget_bytes=budget_bytes)
+    for round in range(6):
+        history.append(round, torch.tensor([0, 1]), torch.full((2, 5), float(round)))
+        assert {row.data_ptr() % 64 for row in history._tokens} == {0}
+        assert history.tokens().shape == (min(3, 2 * round + 2), 5)
+    assert history.tokens()[:, 4].tolist() == [4.0, 5.0, 5.0]
