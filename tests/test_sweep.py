@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from conftest import TINY
 from ray.exceptions import RayError
 from rich.console import Console
@@ -669,18 +668,10 @@ def test_a_run_that_loses_its_simulators_is_tried_again_from_its_checkpoint_and_
     assert status == ["finished", "finished", "failed", "failed"]
 
 
-@pytest.fixture(scope="module")
-def one_cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.parametrize("early_stop", [False, True])
-def test_a_sweep_of_fewer_rounds_than_an_evaluation_takes_runs_to_its_end(tmp_path, one_cluster, early_stop):
-    settings = [*TINY, "eval.every=5", "rounds=2", "eval.validation=0.2", "seed=0,1"]
-    sweep, configs = plan(None, settings)
-    assert sweeping.run_sweep(sweep, configs, tmp_path / "out", Console(quiet=True), "again", early_stop=early_stop)
+def test_a_sweep_of_fewer_rounds_than_an_evaluation_takes_runs_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep, configs = plan(None, [*TINY, "eval.every=5", "rounds=2", "eval.validation=0.2", "seed=0,1"])
+    assert sweeping.run_sweep(sweep, configs, tmp_path / "out", Console(quiet=True), "again", early_stop=True)
     assert [row["status"] for row in rows(tmp_path / "out" / "results.csv")] == ["finished"] * 2
 
 
