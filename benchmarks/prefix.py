@@ -3,7 +3,7 @@
     python benchmarks/prefix.py [--clients 32] [--repeats 5] [--out FILE]
 
 ViT-Ti at 64 px, adapters of width 8 in the last three blocks; a client trains one epoch on 64 images in batches of 16;
-two simulators on Ray, blocks of 8 clients, for each of the two, which work in turn, A B A B …; the median of the pairs
+two simulators on Ray, blocks of 4 clients, for each of the two, which work in turn, A B A B …; the median of the pairs
 counts. The tokens are computed before the first round, once for every image.
 """
 
@@ -32,7 +32,7 @@ class Pool:
             "algorithm=fedavg", "env=noise:Noise", f"env.num_clients={clients}", f"cohort={clients}",
             "model=vit_tiny_patch16_224", "model.weights=random", "model.options={}", "model.img_size=64",
             "adapter=sequential", "adapter.width=8", "adapter.blocks=last:3", "local.epochs=1", "local.batch_size=16",
-            "backend=ray", "backend.simulators=2", "backend.block_size=8", f"precision={precision}",
+            "backend=ray", "backend.simulators=2", "backend.block_size=4", f"precision={precision}",
             f"model.cached_prefix={cached}",
         ]))  # fmt: skip
         self.backend = RayBackend(self._plan.workload, self._plan.params, f"prefix-{precision}-{cached}")
