@@ -136,7 +136,7 @@ class PFedSeq(Algorithm):
     @property
     def _longest(self) -> int:
         """Most tokens of one client in it: one a round."""
-        return min(self.config.window or self.config.per_client, self.config.per_client or self.config.window)
+        return min(bound for bound in (self.config.window, self.config.per_client) if bound)
 
     def _new_history(self) -> History:
         config, d = self.config, self._views * self.task.layout.size
@@ -218,14 +218,14 @@ class PFedSeq(Algorithm):
             held = server["history"].tokens()
             memory = self._remember(server, held, new)
             seconds = {"learner": time.perf_counter() - start}
-            optimizer_state = server["optimizer"].state_dict()["state"] if "optimizer" in server else {}
+            moments = server["optimizer"].state if "optimizer" in server else {}
             metrics = {
                 **trained,
                 **{f"mix_{b}": float(share) for b, share in enumerate(mix)},
                 **self._attention(server, cohort, held, tokens),
                 "calibration_norm": float(calibrations.norm(dim=1).mean()),
                 "residual_norm": float(residuals.norm(dim=1).mean()),
-                "learner_mib": _nbytes([*server["calibrator"].parameters(), optimizer_state, memory]) / 2**20,
+                "learner_mib": _nbytes([*server["calibrator"].parameters(), moments, memory]) / 2**20,
                 "history_mib": server["history"].nbytes / 2**20,
                 "history_tokens": float(len(server["history"])),
             }
