@@ -171,7 +171,7 @@ def prune(checkpoints: Path, keep: int, until: float = math.inf) -> None:
     """Deletes all but the newest ``keep`` of those ``until`` this round: later ones are of an attempt at these rounds
     that was given up, damaged or outdated."""
     found = _by_round(checkpoints.glob("round-*"))
-    kept = [folder for folder in found if _round(folder) <= until][-keep:]
+    kept = [folder for folder in found if round_of(folder) <= until][-keep:]
     for folder in found:
         if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
@@ -180,10 +180,11 @@ def prune(checkpoints: Path, keep: int, until: float = math.inf) -> None:
 def _by_round(folders: Iterable[Path]) -> list[Path]:
     """Oldest first; of one round, what is being replaced comes before its successor."""
     found = [folder for folder in folders if re.fullmatch(r"round-\d+(\.old)?", folder.name)]
-    return sorted(found, key=lambda folder: (_round(folder), not folder.suffix))
+    return sorted(found, key=lambda folder: (round_of(folder), not folder.suffix))
 
 
-def _round(folder: Path) -> int:
+def round_of(folder: Path) -> int:
+    """After which round it was written."""
     return int(folder.stem.removeprefix("round-"))
 
 

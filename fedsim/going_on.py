@@ -71,7 +71,7 @@ def refuse_gap(folder: Path, newest: Path) -> None:
     Raises:
         CheckpointError: there are fewer.
     """
-    path, done = folder / "metrics.jsonl", checkpoint.facts_of(newest)["round"]
+    path, done = folder / "metrics.jsonl", checkpoint.round_of(newest)
     lines = 0
     if path.is_file():
         with path.open("rb") as file:
