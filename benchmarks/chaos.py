@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -28,13 +29,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 # A cluster of `cluster_utils` would go without, where there is no token yet; the undisturbed run leaves one.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
-import numpy as np
 import psutil
 
 SETTINGS = (
@@ -45,6 +46,7 @@ SETTINGS = (
     "backend.min_deadline_s=3", "backend.start_timeout_s=60",
     "backend.max_attempts=100",  # chance, and no client, is to blame where one is hit again and again
 )  # fmt: skip
+SIMULATORS, SERVER = ("simulator",), ("central",)
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 
 
@@ -67,15 +69,16 @@ def rounds_done(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def take_memory() -> None:
-    """Until Ray's memory monitor has killed one of those who are there now, or nearly all is taken."""
-    victims, taken = actors("simulator", "central"), []
-    while not psutil.wait_procs(victims, timeout=0.2)[0] and psutil.virtual_memory().available > 2 << 30:
-        taken.append(np.ones(512 << 20, np.uint8))
+def take_memory(victims: list[psutil.Process]) -> None:
+    """Until Ray's memory monitor has killed one of these, or nearly all is taken."""
+    piece = b"1" * (64 << 20)  # small: as long as memory is short, whatever starts anew is killed as well
+    with ExitStack() as taken:  # mapped, and given back at once: malloc might keep it
+        while not psutil.wait_procs(victims, timeout=0.02)[0] and psutil.virtual_memory().available > 2 << 30:
+            taken.enter_context(mmap.mmap(-1, len(piece))).write(piece)
 
 
 def on_two_nodes(
-    kind: str, whom: str, remove: bool, rounds: int, every_s: float, seed: int, folder: Path
+    kind: str, whom: tuple[str, ...], remove: bool, rounds: int, every_s: float, seed: int, folder: Path
 ) -> tuple[dict[str, int], float]:
     """A run some of whose actors get a signal now and then, or have no memory.
 
@@ -105,18 +108,18 @@ def on_two_nodes(
         hit = 0
         while not over.wait(rng.uniform(0.5, 1.5) * every_s):
             done = rounds_done(folder)
+            targets = actors(*whom) if whom == SIMULATORS or done > hit else []
             if remove and not injected["nodes"] and done >= rounds // 2:
                 cluster.remove_node(node, allow_graceful=False)
                 injected["nodes"] = 1
-            elif whom != "simulator" and done <= hit:
-                continue
-            elif kind == "memory":
-                take_memory()
-                injected["shortages"] += 1
-            elif kind and (targets := actors(whom)):
-                rng.choice(targets).send_signal(signal.Signals[kind])
-                injected["signals"] += 1
-            hit = done
+            elif targets:
+                hit = done
+                if kind == "memory":
+                    take_memory(targets)
+                    injected["shortages"] += 1
+                else:
+                    rng.choice(targets).send_signal(signal.Signals[kind])
+                    injected["signals"] += 1
 
     ray.init(address=cluster.address, logging_level="warning")
     thread, start = threading.Thread(target=disturb), time.perf_counter()
@@ -203,14 +206,14 @@ def main() -> int:
         runs: dict[str, tuple[Any, ...]] = {
             "none, driver apart": (killed_driver, options.rounds, 0, *drivers),
             "driver killed": (killed_driver, options.rounds, options.driver_kills, *drivers),
-            "none, two nodes": (on_two_nodes, "", "", False, *given),
-            "simulator killed": (on_two_nodes, "SIGKILL", "simulator", False, *given),
-            "simulator stopped": (on_two_nodes, "SIGSTOP", "simulator", False, *given),
-            "server killed": (on_two_nodes, "SIGKILL", "central", False, *given),
-            "server stopped": (on_two_nodes, "SIGSTOP", "central", False, *given),
-            "memory short": (on_two_nodes, "memory", "", False, *given),
-            "node removed": (on_two_nodes, "", "", True, *given),
-            "simulators killed, node removed": (on_two_nodes, "SIGKILL", "simulator", True, *given),
+            "none, two nodes": (on_two_nodes, "", (), False, *given),
+            "simulator killed": (on_two_nodes, "SIGKILL", SIMULATORS, False, *given),
+            "simulator stopped": (on_two_nodes, "SIGSTOP", SIMULATORS, False, *given),
+            "server killed": (on_two_nodes, "SIGKILL", SERVER, False, *given),
+            "server stopped": (on_two_nodes, "SIGSTOP", SERVER, False, *given),
+            "memory short": (on_two_nodes, "memory", (*SIMULATORS, *SERVER), False, *given),
+            "node removed": (on_two_nodes, "", (), True, *given),
+            "simulators killed, node removed": (on_two_nodes, "SIGKILL", SIMULATORS, True, *given),
         }
         if options.only:
             runs = {fault: run for fault, run in runs.items() if fault.startswith("none") or fault in options.only}

@@ -98,8 +98,12 @@ class Backend(ABC):
         """Restores a checkpoint; returns the driver's facts."""
 
     @abstractmethod
-    def rebuild(self) -> None:
-        """Puts a new server, as before round 1, in the place of a lost one."""
+    def rebuild(self, round: int) -> None:
+        """Puts a new server, as before round 1, in the place of one that was lost in ``round``.
+
+        Raises:
+            CentralLostError: none could be started.
+        """
 
     @abstractmethod
     def peak_memory_mib(self) -> dict[str, float]:
@@ -194,7 +198,7 @@ class LocalBackend(Backend):
     def load(self, folder: Path) -> dict[str, Any]:
         return self.server.load(folder)
 
-    def rebuild(self) -> None:
+    def rebuild(self, round: int) -> None:
         self.server = Server(self._workload, self._params)
 
     def peak_memory_mib(self) -> dict[str, float]:

@@ -165,7 +165,7 @@ class BackendConfig:
     on_client_error: str = setting(
         "raise", "then the run stops, or goes on without the client", choices=("raise", "quarantine")
     )
-    give_up_after_s: float = setting(600.0, "seconds without any simulator after which the run stops", low=1)
+    give_up_after_s: float = setting(600.0, "seconds without simulators, or server, after which the run stops", low=1)
 
 
 @dataclass(frozen=True)

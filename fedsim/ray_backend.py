@@ -23,6 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.job_config import JobConfig
 from torch import Tensor
 
+from fedsim import checkpoint
 from fedsim.actors import CentralActor, SimulatorActor, put_frozen
 from fedsim.backend import Backend, Block, own_peak_memory_mib
 from fedsim.config import BackendConfig
@@ -35,7 +36,7 @@ from fedsim.errors import (
     NoSimulatorsError,
 )
 from fedsim.simulator import Facts, Workload
-from fedsim.supervisor import Deadlines, Piece, Pool, Slot, Stage
+from fedsim.supervisor import Deadlines, Piece, Pool, Slot, Stage, pause_s
 from fedsim.tracking.ray_metrics import PoolMetrics, job_metadata
 from fedsim.uri import is_uri
 
@@ -73,6 +74,7 @@ class RayBackend(Backend):
         )
         self._metrics = PoolMetrics(run)
         self._deadlines = Deadlines(self.config)
+        self._central_starts = 0
         self._payloads_since: float | None = None  # simulators wait for the server, and nothing comes
         try:
             self.gpu_fraction, simulators = _size_pool(self.config)
@@ -112,7 +114,8 @@ class RayBackend(Backend):
     # Starts --------------------------------------------------------------------------------------------------------
 
     def _start_central(self) -> Any:
-        again = self.failures.central_restarted
+        again = self._central_starts
+        self._central_starts += 1
         return CentralActor.options(  # type: ignore[attr-defined]
             name=f"central-r{again}" if again else "central", namespace=self._namespace, num_cpus=0
         ).remote(self._workload, self._params)
@@ -177,11 +180,28 @@ class RayBackend(Backend):
         for slot in self._pool.slots:
             self._pool.ready(slot)
 
-    def rebuild(self) -> None:
-        """A new central actor, and the simulators that there are."""
-        ray.kill(self._central)
-        self._central, self._trained = self._start_central(), []
-        self._ask("start", 0, self._central.ready, timeout_s=self.config.start_timeout_s)
+    def rebuild(self, round: int) -> None:
+        """A new central actor, and the simulators that there are.
+
+        Raises:
+            CentralLostError: it did not start, however often this was tried within ``give_up_after_s``.
+        """
+        self._trained, since, failed_starts = [], time.monotonic(), 0
+        while True:
+            ray.kill(self._central)
+            self._central = self._start_central()
+            try:
+                self._ask("start", round, self._central.ready, timeout_s=self.config.start_timeout_s)
+                return
+            except CentralLostError as error:  # where memory is short, or nodes are going, it may well be the next
+                failed_starts += 1
+                if time.monotonic() - since >= self.config.give_up_after_s:
+                    raise
+                if failed_starts == 1:
+                    _log.warning("%s; another start is tried", error)
+            if self.stopping:
+                raise KeyboardInterrupt
+            time.sleep(pause_s(failed_starts))
 
     def probe(self, block: Block) -> float:
         params = ray.put(self._params)
@@ -227,7 +247,8 @@ class RayBackend(Backend):
     def load(self, folder: Path) -> dict[str, Any]:
         # How much there is to read when a run is resumed, nobody knows before.
         timeout_s = self._network_s() if self.failures.central_restarted else math.inf
-        return self._ask("load", 0, self._central.load, folder.absolute(), timeout_s=timeout_s)
+        round = checkpoint.round_of(folder)
+        return self._ask("load", round, self._central.load, folder.absolute(), timeout_s=timeout_s)
 
     def _network_s(self) -> float | None:
         """The deadline of what may go over a network, which is no hang however long it takes; ``None``: the usual."""

@@ -253,7 +253,7 @@ def _go(
             while True:
                 try:
                     if losses:
-                        backend.rebuild()
+                        backend.rebuild(progress.round)
                         progress = _restored(plan, backend, _newest(folder, console))
                     _play(plan, backend, folder, progress, console, callbacks)
                     break

@@ -21,7 +21,7 @@ Block = tuple[int, ...]
 
 WHOLE_TRIES = 2  # failures after which a block of several clients is halved
 MARGIN = 10  # a block is hung after so many times what the slowest one took, step for step
-LONGEST_PAUSE_S = 60.0  # between two attempts to start a simulator
+LONGEST_PAUSE_S = 60.0  # between two attempts to start an actor
 LOOK_UP_S = 1.0  # the longest wait in which nothing else, such as a signal, is seen to
 
 _log = logging.getLogger(__name__)
@@ -204,9 +204,8 @@ class Pool:
             What it had been given, in order.
         """
         slot.failed_starts += slot.state == "starting"
-        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (slot.failed_starts - 1)) if slot.failed_starts else 0.0
         pieces, slot.pieces, slot.began = slot.pieces, [], None
-        slot.state, slot.until = "absent", now + pause_s
+        slot.state, slot.until = "absent", now + pause_s(slot.failed_starts)
         return pieces
 
     # Blocks --------------------------------------------------------------------------------------------------------
@@ -275,6 +274,11 @@ class Deadlines:
     def passed(self, stage: str) -> None:
         """It hung."""
         self._hangs[stage] += 1
+
+
+def pause_s(failed_starts: int) -> float:
+    """Seconds to wait before an actor is started once more: 0, 1, 2, 4, … 60."""
+    return min(LONGEST_PAUSE_S, 2.0 ** (failed_starts - 1)) if failed_starts else 0.0
 
 
 def deadline_s(config: BackendConfig, steps: int, slowest_s: float | None, failures: int = 0) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import TINY
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayTaskError
 
+from fedsim import ray_backend
 from fedsim.__main__ import main
 from fedsim.actors import Weights, put_frozen
 from fedsim.backend import Backend
@@ -145,11 +148,11 @@ def test_a_server_that_does_not_answer_is_lost_after_its_deadline(bare, monkeypa
 def test_what_a_resumed_run_reads_and_what_goes_over_a_network_takes_as_long_as_it_takes(bare, monkeypatch, tmp_path):
     waited: list[float | None] = []
     monkeypatch.setattr(ray, "get", lambda reference, timeout: waited.append(timeout))
-    bare.load(tmp_path)
+    bare.load(tmp_path / "round-00003")
     bare.failures.central_restarted = 1
-    bare.load(tmp_path)
+    bare.load(tmp_path / "round-00003")
     bare._folder = "s3://bucket/run"
-    bare.load(tmp_path)
+    bare.load(tmp_path / "round-00003")
     bare.save(tmp_path, {"round": 3})
     assert waited == [None, 60, None, None]  # the second load is one that was timed
 
@@ -193,6 +196,27 @@ def test_who_is_killed_while_it_starts_costs_one_line(bare, monkeypatch):
         "simulator-0 died while it started (The actor died unexpectedly before finishing this task); no round was "
         "begun: start the run again, with fewer backend.simulators where memory is short"
     )
+
+
+@pytest.mark.parametrize(("killed_starts", "paused"), [(0, []), (3, [1, 2, 4]), (99, [1, 2, 4, 8, 16, 32])])
+def test_a_server_whose_successor_does_not_start_is_waited_for(bare, monkeypatch, caplog, killed_starts, paused):
+    pauses: list[float] = []
+
+    def get(reference: object, timeout: float) -> int:
+        if len(pauses) < killed_starts:
+            raise killed()
+        return 4711
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(bare, "_start_central", lambda: bare._central)
+    monkeypatch.setattr(ray_backend.time, "sleep", pauses.append)
+    monkeypatch.setattr(ray_backend.time, "monotonic", lambda: float(sum(pauses)))
+    bare.config = replace(bare.config, give_up_after_s=60)
+    gives_up = pytest.raises(CentralLostError, match=r"round 3: the central actor is lost \(The actor died unexp")
+    with gives_up if killed_starts == 99 else contextlib.nullcontext():
+        bare.rebuild(2)
+    assert pauses == paused
+    assert len(caplog.records) == bool(paused)  # one line, however often
 
 
 def test_a_replacement_that_does_not_start_is_told_of_in_one_line_with_what_went_wrong(bare, monkeypatch, caplog):
