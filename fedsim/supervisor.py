@@ -21,6 +21,7 @@ Block = tuple[int, ...]
 
 WHOLE_TRIES = 2  # failures after which a block of several clients is halved
 MARGIN = 10  # a block is hung after so many times what the slowest one took, step for step
+MOST_DOUBLINGS = 3  # of that: what failed again and again, in spite of them, does not merely take long
 LONGEST_PAUSE_S = 60.0  # between two attempts to start an actor
 LOOK_UP_S = 1.0  # the longest wait in which nothing else, such as a signal, is seen to
 
@@ -282,7 +283,7 @@ def pause_s(failed_starts: int) -> float:
 
 
 def deadline_s(config: BackendConfig, steps: int, slowest_s: float | None, failures: int = 0) -> float:
-    """Seconds after which a block, or a stage of the server, counts as hung; each time that it failed doubles them.
+    """Seconds after which a block, or a stage of the server, counts as hung; each of the first three failures doubles them.
 
     Args:
         config: with the least deadline, and the one that holds while nothing is measured (``start_timeout_s``).
@@ -291,4 +292,4 @@ def deadline_s(config: BackendConfig, steps: int, slowest_s: float | None, failu
         failures: how often it failed.
     """
     usual_s = config.start_timeout_s if slowest_s is None else MARGIN * slowest_s * steps
-    return float(max(config.min_deadline_s, usual_s) * 2**failures)
+    return float(max(config.min_deadline_s, usual_s) * 2 ** min(failures, MOST_DOUBLINGS))

@@ -115,7 +115,7 @@ def test_the_deadline_is_ten_times_the_slowest_step_but_not_below_the_least():
 
 def test_each_failure_of_a_block_doubles_its_deadline():
     config = BackendConfig(min_deadline_s=60)
-    assert [deadline_s(config, 4, 2.5, failures) for failures in range(3)] == [100, 200, 400]
+    assert [deadline_s(config, 4, 2.5, failures) for failures in range(6)] == [100, 200, 400, 800, 800, 800]
     assert deadline_s(config, 4, 0.01, failures=1) == 120
 
 
