@@ -196,7 +196,7 @@ def main() -> int:
     parser.add_argument("--driver-kills", type=int, default=20)
     parser.add_argument("--driver-s", type=float, default=30, help="a driver is killed within so many seconds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", help="these rows, beside the undisturbed ones")
+    parser.add_argument("--only", nargs="+", help="these rows, and what they are compared with")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     options = parser.parse_args()
 
@@ -216,7 +216,9 @@ def main() -> int:
             "simulators killed, node removed": (on_two_nodes, "SIGKILL", SIMULATORS, True, *given),
         }
         if options.only:
-            runs = {fault: run for fault, run in runs.items() if fault.startswith("none") or fault in options.only}
+            wanted = {*options.only}
+            wanted |= {"none, driver apart" if fault == "driver killed" else "none, two nodes" for fault in wanted}
+            runs = {fault: run for fault, run in runs.items() if fault in wanted}
         undisturbed_s, expected, code = None, None, 0
         for fault, (work, *values) in runs.items():
             folder, undisturbed = base / fault.replace(" ", "-").replace(",", ""), fault.startswith("none")

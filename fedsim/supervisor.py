@@ -283,7 +283,7 @@ def pause_s(failed_starts: int) -> float:
 
 
 def deadline_s(config: BackendConfig, steps: int, slowest_s: float | None, failures: int = 0) -> float:
-    """Seconds after which a block, or a stage of the server, counts as hung; each of the first three failures doubles them.
+    """Seconds after which a block, or a stage of the server, counts as hung; the first three failures double them.
 
     Args:
         config: with the least deadline, and the one that holds while nothing is measured (``start_timeout_s``).
