@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,17 +40,23 @@ def test_logits_are_those_of_the_whole_model(tiny_config: Tiny) -> None:
     torch.testing.assert_close(model.logits(rows, tokens), model.logits(rows, images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("fp32", 1e-6), ("fp16", 5e-3)])
-def test_a_cached_run_agrees_with_an_uncached_one(
-    kind: str, tolerance: float, tiny_config: Tiny, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "precision", "tolerance"),
+    [("fp32", "fp32", 1e-6), ("fp16", "fp32", 5e-3), ("off", "bf16", 1e-2), ("fp16", "bf16", 1e-2)],
+)
+def test_a_cached_run_and_one_in_bf16_agree_with_an_uncached_one_in_fp32(
+    kind: str, precision: str, tolerance: float, tiny_config: Tiny, tmp_path: Path
 ) -> None:
-    losses = []
-    for cache in ("off", kind):
-        config = tiny_config(*TWO_OF_THREE, f"model.cached_prefix={cache}", f"output={tmp_path / cache}")
-        folder = run(config).folder
-        losses.append([float(line.split('"loss": ')[1].split(",")[0]) for line in (folder / "metrics.jsonl").open()])
+    losses, accuracies = [], []
+    for cache, used in (("off", "fp32"), (kind, precision)):
+        settings = [f"model.cached_prefix={cache}", f"precision={used}", f"output={tmp_path / cache / used}"]
+        result = run(tiny_config(*TWO_OF_THREE, *settings, "rounds=4", "env.test_samples_per_client=50"))
+        records = [json.loads(line) for line in (result.folder / "metrics.jsonl").open()]
+        losses.append([record["loss"] for record in records])
+        accuracies.append(result.summary["accuracy"]["mean"])
     np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
-    assert losses[0][0] != losses[0][1]
+    assert abs(accuracies[0] - accuracies[1]) <= 0.02
+    assert len(set(losses[0])) == 4
 
 
 def test_it_is_made_once_for_any_number_of_threads(tiny_config: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
