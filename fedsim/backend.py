@@ -102,7 +102,7 @@ class Backend(ABC):
         """Puts a new server, as before round 1, in the place of one that was lost in ``round``.
 
         Raises:
-            CentralLostError: none could be started.
+            NotStartedError: none could be started.
         """
 
     @abstractmethod

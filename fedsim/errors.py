@@ -117,17 +117,17 @@ class CentralLostError(FedsimError):
         return f"round {self.round + 1}: the central actor is lost ({self.cause})"
 
 
-class NoSimulatorsError(FedsimError):
-    """No simulator has lived for longer than ``backend.give_up_after_s``."""
+class NotStartedError(FedsimError):
+    """No simulator, or no central actor, has lived for longer than ``backend.give_up_after_s``."""
 
-    def __init__(self, round: int, waited_s: float, folder: str) -> None:
-        super().__init__(round, waited_s, folder)
-        self.round, self.waited_s, self.folder = round, waited_s, folder
+    def __init__(self, round: int, actor: str, waited_s: float, folder: str) -> None:
+        super().__init__(round, actor, waited_s, folder)
+        self.round, self.actor, self.waited_s, self.folder = round, actor, waited_s, folder
 
     def __str__(self) -> str:
         return (
-            f"round {self.round + 1}: no simulator could be started for {self.waited_s:.0f} s; the last checkpoint is "
-            f"whole; once the cluster has room: python -m fedsim resume {self.folder}"
+            f"round {self.round + 1}: no {self.actor} could be started for {self.waited_s:.0f} s; the last checkpoint "
+            f"is whole; once the cluster has room: python -m fedsim resume {self.folder}"
         )
 
 

@@ -33,7 +33,7 @@ from fedsim.errors import (
     ConfigError,
     DeviceMemoryError,
     FedsimError,
-    NoSimulatorsError,
+    NotStartedError,
 )
 from fedsim.simulator import Facts, Workload
 from fedsim.supervisor import Deadlines, Piece, Pool, Slot, Stage, pause_s
@@ -184,7 +184,7 @@ class RayBackend(Backend):
         """A new central actor, and the simulators that there are.
 
         Raises:
-            CentralLostError: it did not start, however often this was tried within ``give_up_after_s``.
+            NotStartedError: it did not start, however often this was tried within ``give_up_after_s``.
         """
         self._trained, since, failed_starts = [], time.monotonic(), 0
         while True:
@@ -195,8 +195,8 @@ class RayBackend(Backend):
                 return
             except CentralLostError as error:  # where memory is short, or nodes are going, it may well be the next
                 failed_starts += 1
-                if time.monotonic() - since >= self.config.give_up_after_s:
-                    raise
+                if (waited_s := time.monotonic() - since) >= self.config.give_up_after_s:
+                    raise NotStartedError(round, "central actor", waited_s, self._folder) from None
                 if failed_starts == 1:
                     _log.warning("%s; another start is tried", error)
             if self.stopping:
@@ -327,7 +327,7 @@ class RayBackend(Backend):
                 self.failures.hangs += slot.state == "living"
                 self._lose(stage, slot, "no answer in time")
         if (alone_s := pool.alone_s(now)) >= self.config.give_up_after_s:
-            raise NoSimulatorsError(stage.round, alone_s, self._folder)
+            raise NotStartedError(stage.round, "simulator", alone_s, self._folder)
 
     def _watch_server(self, round: int, now: float) -> None:
         """A payload that does not come is no fault of the simulator that waits for it, but a hang of the server."""

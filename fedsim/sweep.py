@@ -40,7 +40,7 @@ from fedsim.errors import (
     ConfigError,
     DeviceMemoryError,
     FedsimError,
-    NoSimulatorsError,
+    NotStartedError,
     OutputError,
     RunError,
 )
@@ -57,7 +57,7 @@ from fedsim.uri import is_uri
 TUNES = ".tune"  # Tune's own folder, while it runs
 RETRIES = 2  # of a run whose process died, or that lost what it runs on
 CURABLE = (
-    BlockFailedError, CentralLostError, DeviceMemoryError, NoSimulatorsError, OutputError, RunError, OSError, RayError
+    BlockFailedError, CentralLostError, DeviceMemoryError, NotStartedError, OutputError, RunError, OSError, RayError
 )  # fmt: skip
 STOPPED = "stopped"  # a file in the folder of a run that was stopped early: after which round
 HALVING = 3  # of so many runs one goes on

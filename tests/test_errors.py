@@ -15,7 +15,7 @@ from fedsim.errors import (
     ConfigError,
     DataError,
     FedsimError,
-    NoSimulatorsError,
+    NotStartedError,
     OwnCodeError,
     UserError,
     nearest,
@@ -28,7 +28,7 @@ EXAMPLES = {
     ClientError: ("train", 2, [4, 7], "Traceback …\nValueError: no\n"),
     BlockFailedError: (0, [1, 2], 3, "SIGKILL"),
     CentralLostError: (0, "SIGKILL"),
-    NoSimulatorsError: (2, 600.4, "runs/one"),
+    NotStartedError: (2, "simulator", 600.4, "runs/one"),
 }
 CLASSES = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, FedsimError)]
 
@@ -50,7 +50,7 @@ def test_mistakes_of_the_caller_are_told_apart() -> None:
         "CentralLostError",
         "DeviceMemoryError",
         "OwnCodeError",
-        "NoSimulatorsError",
+        "NotStartedError",
         "RunError",
     }
 
@@ -89,7 +89,7 @@ def test_block_failed_names_round_clients_and_cause() -> None:
 
 
 def test_no_simulators_names_the_command_that_goes_on() -> None:
-    assert str(NoSimulatorsError(2, 600.4, "runs/one")) == (
+    assert str(NotStartedError(2, "simulator", 600.4, "runs/one")) == (
         "round 3: no simulator could be started for 600 s; the last checkpoint is whole; once the cluster has room: "
         "python -m fedsim resume runs/one"
     )

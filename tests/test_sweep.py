@@ -513,7 +513,7 @@ def test_what_a_person_reads_of_runs_that_are_tried_again(tmp_path, capsys):
         (errors.BlockFailedError(1, [3], 3, "killed"), True),
         (errors.CentralLostError(1, "killed"), True),
         (errors.DeviceMemoryError("1 clients in a block: out of memory"), True),
-        (errors.NoSimulatorsError(1, 600.0, "run"), True),
+        (errors.NotStartedError(1, "simulator", 600.0, "run"), True),
         (errors.FedsimError("central died while it started"), True),
         (errors.OutputError("run: cannot be written"), True),
         (errors.RunError("run: cannot be written"), True),
@@ -618,7 +618,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.algorithms.fedavg import FedAvg
-from fedsim.errors import NoSimulatorsError
+from fedsim.errors import NotStartedError
 
 
 class Lost(FedAvg):
@@ -634,7 +634,7 @@ class Lost(FedAvg):
         lost = len(list(Path(self.config.folder).glob(f"of{losses}-*")))
         if cohort.round == 1 and lost < abs(losses):
             Path(self.config.folder, f"of{losses}-{lost + 1}").touch()
-            raise NoSimulatorsError(1, 600.0, "here") if losses > 0 else ValueError("mine")
+            raise NotStartedError(1, "simulator", 600.0, "here") if losses > 0 else ValueError("mine")
         return super().aggregate(server, cohort, update, rows)
 """
 

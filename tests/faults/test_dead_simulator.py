@@ -17,7 +17,7 @@ import run_folders
 
 from fedsim import simulation as runs
 from fedsim.backend import Backend, LocalBackend
-from fedsim.errors import BlockFailedError, ClientError, NoSimulatorsError
+from fedsim.errors import BlockFailedError, ClientError, NotStartedError
 from fedsim.plan import Plan, prepare
 from fedsim.simulation import run
 from fedsim.supervisor import Failures
@@ -289,7 +289,7 @@ def test_without_room_for_simulators_the_run_waits_then_gives_up_and_says_how_to
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         ray.get([neighbour.pid.remote() for neighbour in neighbours])  # they have the room now
-        with pytest.raises(NoSimulatorsError, match=r"round 1: no simulator .* python -m fedsim resume faults$"):
+        with pytest.raises(NotStartedError, match=r"round 1: no simulator .* python -m fedsim resume faults$"):
             backend.train(0, block)
     assert backend._pool.slots[0].failed_starts >= 2
     for neighbour in neighbours:
