@@ -77,4 +77,5 @@ def test_adapters_are_averaged_by_the_clients_samples(tiny_config):
         backend.close()
         averages[name] = backend.server.state["w"][plan.workload.task.layout.mask("adapter")]
     assert len(set(plan.workload.data.train.sizes.tolist())) > 2
-    assert torch.equal(averages["fedavg"], averages["fedper"])
+    # Of rows of two lengths: a processor may add them up in another order.
+    torch.testing.assert_close(averages["fedper"], averages["fedavg"], rtol=1e-5, atol=1e-7)
