@@ -1,10 +1,10 @@
 """The comparison of all algorithms: choose each one's settings on held-out data, then measure, then write the table.
 
-    python benchmarks/comparison.py choose DATASET --out CHOOSE [--jobs N]
-    python benchmarks/comparison.py run comparison_DATASET --out RUNS [--jobs N]
+    python benchmarks/comparison.py choose DATASET --out CHOOSE [--jobs N] [--only NAME,…]
+    python benchmarks/comparison.py run comparison_DATASET --out RUNS [--jobs N] [--only NAME,…]
     python benchmarks/comparison.py run comparison_DATASET --out UNSEEN [--jobs N] seed=0 eval.unseen=0.2
     python benchmarks/comparison.py run comparison_DATASET --out COST --jobs 1 seed=0 rounds=5 eval.every=5
-    python benchmarks/comparison.py run comparison_DATASET --out SOON seed=0 rounds=25 eval.every=5 [--only NAME,…]
+    python benchmarks/comparison.py run comparison_DATASET --out SOON seed=0 rounds=25 eval.every=5
     python benchmarks/comparison.py table RUNS UNSEEN COST
 
 ``comparison.yaml`` beside this file says on what data, and from which four settings of an algorithm ``choose`` takes
@@ -27,7 +27,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -45,17 +45,24 @@ from fedsim.grid import SWEEPS, Settings, overrides, plan
 HERE = Path(__file__).resolve().parent
 
 
-def choose(dataset: str, out: Path, jobs: int) -> None:
-    """Tries every candidate of every algorithm, and writes the best of each as a sweep over seeds."""
+def choose(dataset: str, only: Sequence[str], settings_of_all: Sequence[str], out: Path, jobs: int) -> None:
+    """Tries every candidate of every algorithm (or of `only` these), and writes the best of each as a sweep over seeds.
+
+    Of the algorithms that are not tried, the sweep keeps what was chosen before.
+    """
     suite = yaml.safe_load((HERE / "comparison.yaml").read_text(encoding="utf-8"))
     data = suite["datasets"][dataset]
     common = [*suite["settings"], *data.get("settings", ())]
-    tried = [f"rounds={data['rounds'] // 2}", f"eval.every={data['rounds']}", "eval.validation=0.2"]
+    tried = [
+        *settings_of_all,
+        f"rounds={data['rounds'] // 2}",
+        f"eval.every={data['rounds']}",
+        "eval.validation=0.2",
+    ]
     candidates = {
-        "-".join([name, *map(str, values)]): (name, dict(zip(grid, map(str, values), strict=True)))
-        for name, grid in suite["algorithms"].items()
-        if name in data.get("only", suite["algorithms"])
-        for values in itertools.product(*grid.values())
+        "-".join([name, *map(str, values)]): (name, dict(zip(suite["algorithms"][name], map(str, values), strict=True)))
+        for name in only or suite["algorithms"]
+        for values in itertools.product(*suite["algorithms"][name].values())
     }
     configs = {
         folder: configuration.load(data["config"], [*common, *tried, *variant(suite, name), *overrides(settings)])
@@ -69,14 +76,19 @@ def choose(dataset: str, out: Path, jobs: int) -> None:
         if name.startswith("pfedseq"):
             ends.append((accuracy.get("sent", 0.0), settings | {"algorithm.finetune_epochs": "0"}))
         best[name] = max([*([best[name]] if name in best else []), *ends], key=lambda end: end[0])
-    variants = {name: [*variant(suite, name), *overrides(settings)] for name, (_, settings) in best.items()}
+    chosen = {name: [*variant(suite, name), *overrides(settings)] for name, (_, settings) in best.items()}
+    sweep = SWEEPS / f"comparison_{dataset}.yaml"
+    before = yaml.safe_load(sweep.read_text(encoding="utf-8"))["variants"] if sweep.exists() else {}
+    variants = {name: (before | chosen)[name] for name in suite["algorithms"] if name in before | chosen}
     tree = {"config": data["config"], "settings": common, "variants": variants, "grid": {"seed": [0, 1, 2]}}
     header = (
         f"# FEDSIM_DATA=DIR python -m fedsim sweep comparison_{dataset}\n"
         f"# Each algorithm with its settings, chosen by: python benchmarks/comparison.py choose {dataset}\n"
     )
     text = header + yaml.safe_dump(tree, sort_keys=False, width=120)
-    (SWEEPS / f"comparison_{dataset}.yaml").write_text(text, encoding="utf-8")
+    sweep.write_text(text, encoding="utf-8")
+    for name, (accuracy, settings) in sorted(best.items(), key=lambda item: -item[1][0]):
+        print(f"| `{name}` | {accuracy:.3f} | {', '.join(overrides(settings))} |")
 
 
 def variant(suite: Mapping[str, Any], name: str) -> list[str]:
@@ -171,12 +183,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("settings", nargs="*", help="of the runs; for table: UNSEEN COST")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", default="", help="for run: these algorithms, with commas between them")
+    parser.add_argument("--only", default="", help="these algorithms, with commas between them")
     given = parser.parse_intermixed_args(arguments)
+    only = given.only.split(",") if given.only else []
     if given.task == "choose":
-        choose(given.what, given.out, given.jobs)
+        choose(given.what, only, given.settings, given.out, given.jobs)
     elif given.task == "run":
-        only = given.only.split(",") if given.only else []
         configs = plan(given.what, given.settings)[1]
         run_all(
             {name: config for name, config in configs.items() if not only or name.partition("-seed=")[0] in only},

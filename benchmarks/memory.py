@@ -1,13 +1,14 @@
 """What one more simulator costs in private memory, and what the frozen weights and the data add to that.
 
-    python benchmarks/memory.py [--out FILE]
+    python benchmarks/memory.py [--repeats 5] [--out FILE]
 
 Starts pools of two simulators over a small and a large backbone (ViT-Ti, ViT-B) and over little and much data, and
 reads each simulator's private memory (USS: what would be freed if it ended) before any training and after a round.
 Weights lie in Ray's object store and images in a memory-mapped file, so both should add next to nothing. Linux.
 
 Then plays 200 rounds of pFedSeq on drawn images, evaluated every tenth, with a checkpoint after each, and compares the
-resident memory of every process after them with that after the first 20: what leaks would show.
+resident memory of every process after them with that after the first 20: what leaks would show. Each is done as
+often as ``--repeats`` says, with new actors; medians count, the least and the most are told.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -35,7 +39,7 @@ ROUNDS = (20, 200)
 
 
 def private_mib(model: str, clients: int) -> dict[str, float]:
-    """Median private and shared memory of two simulators, and the sizes of what they share."""
+    """Private and resident memory of a simulator, the mean of two, and the sizes of what they share."""
     config = load(None, [
         "algorithm=fedavg", "cohort=4", f"model={model}", "model.weights=random", "model.img_size=64",
         "model.options={}", "adapter.blocks=last:1", "local.epochs=1", f"env.num_clients={clients}", "env.px=64",
@@ -53,9 +57,9 @@ def private_mib(model: str, clients: int) -> dict[str, float]:
     return {
         "weights_mib": sum(value.nbytes for value in plan.workload.frozen.values()) / 2**20,
         "images_mib": plan.workload.data.images.nbytes / 2**20,
-        "private_idle_mib": statistics.median(idle) / 2**20,
-        "private_after_a_round_mib": statistics.median(info.uss for info in full) / 2**20,
-        "resident_after_a_round_mib": statistics.median(info.rss for info in full) / 2**20,
+        "private_idle_mib": statistics.fmean(idle) / 2**20,
+        "private_after_a_round_mib": statistics.fmean(info.uss for info in full) / 2**20,
+        "resident_after_a_round_mib": statistics.fmean(info.rss for info in full) / 2**20,
     }
 
 
@@ -88,19 +92,32 @@ def growth() -> dict[str, float]:
     return ratios | {f"{process}_mib": last[process] for process in last}
 
 
+def repeated(measure: Callable[[], dict[str, float]], repeats: int) -> dict[str, float]:
+    """The median of each number, and with ``_min`` and ``_max`` its spread."""
+    runs = [measure() for _ in range(repeats)]
+    row = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        row |= {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="append the results as JSON lines")
     options = parser.parse_args()
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
-    for model, clients in (("vit_tiny_patch16_224", 8), ("vit_base_patch16_224", 8), ("vit_tiny_patch16_224", 400)):
-        row = {"benchmark": "memory", "model": model, **private_mib(model, clients)}
-        row |= {"torch": torch.__version__, "ray": ray.__version__, "machine": machine()}
-        print(json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()}))
+    told = {"repeats": options.repeats, "torch": torch.__version__, "ray": ray.__version__, "machine": machine()}
+    measures: list[tuple[dict[str, Any], Callable[[], dict[str, float]]]] = [
+        ({"benchmark": "memory", "model": model}, partial(private_mib, model, clients))
+        for model, clients in (("vit_tiny_patch16_224", 8), ("vit_base_patch16_224", 8), ("vit_tiny_patch16_224", 400))
+    ]
+    measures.append(({"benchmark": "growth", "rounds": ROUNDS}, growth))
+    for what, measure in measures:
+        row = what | repeated(measure, options.repeats) | told
+        print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}))
         append(row, options.out)
-    row = {"benchmark": "growth", "rounds": ROUNDS, **growth(), "ray": ray.__version__, "machine": machine()}
-    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}))
-    append(row, options.out)
     ray.shutdown()
 
 
