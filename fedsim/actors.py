@@ -78,7 +78,8 @@ class SimulatorActor:
         if gpu_fraction:
             # `num_gpus` is bookkeeping; this is a soft cap, so that neighbours on the card cannot starve each other.
             torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_fraction))
-        self.simulator = Simulator(replace(workload, frozen=frozen), "cuda" if gpu_fraction else "cpu")
+        device = "cuda" if gpu_fraction else "cpu"
+        self.simulator = Simulator(replace(workload, frozen=frozen), device, gpu_fraction)
 
     def __repr__(self) -> str:
         return f"simulator-{self.number}"

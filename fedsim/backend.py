@@ -210,18 +210,24 @@ class LocalBackend(Backend):
 
 @contextmanager
 def memory_told(ids: Block) -> Iterator[None]:
-    """Tells a block that is too large for the GPU's memory from a mistake in an algorithm's code.
+    """Tells a block that is too large for the memory from a mistake in an algorithm's code.
 
     Raises:
-        DeviceMemoryError: where CUDA was out of memory.
+        DeviceMemoryError: where a GPU's memory, or as far as allocators notice it the machine's, was too short.
     """
     try:
         yield
-    except (ClientError, torch.cuda.OutOfMemoryError) as error:
+    except (ClientError, MemoryError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, ClientError) else error
-        if not isinstance(cause, torch.cuda.OutOfMemoryError):
+        if not _short_of_memory(cause):
             raise
-        raise DeviceMemoryError(f"{len(ids)} clients in a block: {str(cause).partition('. ')[0]}") from None
+        told = str(cause).rpartition("DefaultCPUAllocator: ")[2].partition(". ")[0] or "out of memory"
+        raise DeviceMemoryError(f"{len(ids)} clients in a block: {told}") from None
+
+
+def _short_of_memory(error: BaseException | None) -> bool:
+    # torch's allocator for the CPU has no exception of its own.
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def own_peak_memory_mib() -> float:

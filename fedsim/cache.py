@@ -49,6 +49,24 @@ def cached(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path
     return array_file
 
 
+def content(array_file: Path) -> str:
+    """The sha256 of an array's file: by its manifest for an entry of the cache, else the file is read.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        facts = json.loads(array_file.with_suffix(".json").read_text(encoding="utf-8"))
+        if facts["bytes"] == array_file.stat().st_size:
+            return str(facts["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        return _sha256(array_file)
+    except OSError as error:
+        raise DataError(f"{array_file}: cannot be read ({error})") from None
+
+
 def room(folder: Path) -> int:
     """Bytes that are free for a cache, whose folder need not be there yet.
 

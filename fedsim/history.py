@@ -3,8 +3,9 @@
 A token is what one client's round left behind: a vector ``[d]``. A window says which are kept: the newest few of each
 client, or those of the newest rounds. There are never more than ``capacity``; past it, the oldest make room.
 
-They lie in time order in an array that is half as long again: new ones follow the old, and now and then all move to its
-front. So all of them are read without a copy.
+They lie in time order in an array that is half as long again: new ones follow the old, and when it is full all that are
+still held move to its front. So a round costs what its own tokens cost. Where none between them was dropped, as in a
+window of rounds, all are read without a copy.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class History(Journaled):
         self._window_rounds, self._per_client = rounds, per_client
         row, rows = _row_bytes(dim, dtype), _rows(capacity)  # in bytes, since numpy has no bfloat16
         stored = allocate((rows, row), np.dtype(np.uint8), on_disk=rows * row > budget_bytes)
-        self._tokens = torch.from_numpy(stored).view(_DTYPES[dtype])[:, :dim]
+        self._rows = torch.from_numpy(stored).view(_DTYPES[dtype])
+        self._tokens = self._rows[:, :dim]
         self.clear()
 
     @staticmethod
@@ -61,8 +63,8 @@ class History(Journaled):
         return min(_rows(capacity) * _row_bytes(dim, dtype), budget_bytes)
 
     def clear(self) -> None:
-        self._start = 0  # the oldest one's row
-        self._clients, self._rounds = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
+        self._end = 0  # of the rows that were given to tokens
+        self._places, self._clients, self._rounds = (torch.zeros(0, dtype=torch.int64) for _ in range(3))
         self._unsaved = 0  # the newest ones, which no checkpoint has yet
 
     def __len__(self) -> int:
@@ -83,24 +85,22 @@ class History(Journaled):
         clients, rounds = torch.cat([self._clients, clients]), torch.cat([self._rounds, rounds])
         kept = self._kept(clients, rounds)
         old, new = kept[kept < held], kept[kept >= held] - held
-        end = self._make_room(old, len(new))
-        self._tokens[end : end + len(new)] = tokens.detach()[new].to(self._tokens)
+        self._make_room(old, len(new))
+        end = self._end + len(new)
+        self._tokens[self._end : end] = tokens.detach()[new].to(self._tokens)
+        self._places, self._end = torch.cat([self._places, torch.arange(self._end, end)]), end
         self._clients, self._rounds = clients[kept], rounds[kept]
         self._unsaved = int((kept >= held - self._unsaved).sum())
 
-    def _make_room(self, old: Tensor, more: int) -> int:
-        """Drops all tokens but ``old``, indices in time order; gives the first of ``more`` free rows behind them."""
-        oldest = int(old[0]) if len(old) else 0
-        in_a_row = not len(old) or int(old[-1]) - oldest == len(old) - 1
-        if in_a_row and self._start + oldest + len(old) + more <= len(self._tokens):
-            self._start += oldest
-        else:
-            moved = 0
-            for some in old.split(max(1, PART_BYTES // self._token_bytes)):  # what a part covers has moved before
-                self._tokens[moved : moved + len(some)] = self._tokens.index_select(0, self._start + some)
-                moved += len(some)
-            self._start = 0
-        return self._start + len(old)
+    def _make_room(self, old: Tensor, more: int) -> None:
+        """Drops all tokens but ``old``, indices in time order, and has ``more`` free rows behind them."""
+        self._places = self._places[old]
+        if self._end + more > len(self._tokens):
+            self._end = 0
+            for some in self._places.split(max(1, PART_BYTES // self._token_bytes)):  # a part covers what has moved
+                self._tokens[self._end : self._end + len(some)] = self._tokens.index_select(0, some)
+                self._end += len(some)
+            self._places = torch.arange(self._end)
 
     def _kept(self, clients: Tensor, rounds: Tensor) -> Tensor:
         """Which of these tokens, in time order, the window and the capacity leave: their indices, ascending."""
@@ -114,10 +114,14 @@ class History(Journaled):
     def tokens(self, newest: int | None = None) -> Tensor:
         """All L tokens, or so many of the newest, ``[L, d] float32``, in time order.
 
-        In fp32 they are no copy: to be read only, and only until the next ``append``.
+        They may be no copy: to be read only, and only until the next ``append``.
         """
-        end = self._start + len(self)
-        return self._tokens[self._start if newest is None else max(self._start, end - newest) : end].float()
+        places = self._places if newest is None else self._places[max(0, len(self) - newest) :]
+        start, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        if end - start == len(places):
+            return self._tokens[start:end].float()
+        # Whole rows, which lie as those of the array do: so what is computed from them has the same bits.
+        return self._rows[places][:, : self.dim].float()
 
     def clients(self) -> Tensor:
         """``[L] int64``, whose token each is; a copy."""
@@ -135,7 +139,7 @@ class History(Journaled):
         """
         unique, row = ids.unique(return_inverse=True)
         theirs = torch.isin(self._clients, unique)
-        clients, places = self._clients[theirs], self._start + theirs.nonzero()[:, 0]
+        clients, places = self._clients[theirs], self._places[theirs]
         newer = _newer(clients)
         if length is None:
             length = int(newer.max()) + 1 if len(newer) else 0
@@ -165,7 +169,7 @@ class History(Journaled):
         self._unsaved = 0
         for some in new.split(max(1, PART_BYTES // self._token_bytes)) if len(new) else ():
             yield {
-                "tokens": self._tokens[self._start + some],
+                "tokens": self._tokens[self._places[some]],
                 "clients": self._clients[some],
                 "rounds": self._rounds[some],
             }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +34,14 @@ class Batch:
         inputs: images ``[m, b, 3, px, px] uint8``; with a cached prefix, their tokens ``[m, b, T, k]``.
         labels: ``[m, b] int64``.
         mask: ``[m, b] float32``, 0 on padding.
-        left: places below m of clients that have left all the same: all padding. Only where a block is not sorted by
-            its steps, as in parts of the clients' samples.
+        left: places below m ``[k] int64`` of clients that have left all the same: all padding. Only where a block is
+            not sorted by its steps, as in parts of the clients' samples.
     """
 
     inputs: Tensor
     labels: Tensor
     mask: Tensor
-    left: tuple[int, ...] = ()
+    left: Tensor | None = None
 
     @property
     def clients(self) -> int:
@@ -150,8 +150,9 @@ class LocalContext:
         mask = np.zeros((len(parts), width), dtype=np.float32)
         for i, part in enumerate(parts):
             index[i, : len(part)], mask[i, : len(part)] = part, 1
-        left = tuple(i for i, part in enumerate(parts) if not len(part))
-        return Batch(*self.samples.take(index), self.samples.send(mask), left)
+        left = np.array([i for i, part in enumerate(parts) if not len(part)], dtype=np.int64)
+        sent = self.samples.send
+        return Batch(*self.samples.take(index), sent(mask), sent(left) if len(left) else None)
 
     # Model -------------------------------------------------------------------------------------------------------
 
@@ -254,21 +255,20 @@ class Optimiser:
         self.moments = [torch.zeros_like(w) for _ in range(kept)]
         self.steps = torch.zeros(len(w), 1, dtype=torch.float64, device=w.device)
 
-    def step(self, w: Tensor, gradient: Tensor, mask: Tensor | None = None, left: Sequence[int] = ()) -> None:
+    def step(self, w: Tensor, gradient: Tensor, mask: Tensor | None = None, left: Tensor | None = None) -> None:
         """One step of the first m clients, in place.
 
         Args:
             w: their rows ``[m, d]``.
             gradient: ``[m, d]``, zero outside the mask; overwritten.
             mask: ``[d] bool``; only these elements are trained.
-            left: clients among them that stay as they are.
+            left: ``[k] int64``, clients among them that stay as they are.
         """
         state = [w, self.steps[: len(w)], *(moment[: len(w)] for moment in self.moments)]
-        at = list(left)
-        before = [value[at] for value in state] if at else []
+        before = [] if left is None else [value[left] for value in state]
         self._step(w, gradient, mask)
         for value, old in zip(state, before, strict=False):
-            value[at] = old
+            value[left] = old
 
     def _step(self, w: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
         local, m = self.local, len(w)

@@ -19,6 +19,7 @@ from fedsim.env import Env, FederatedData, held_out, saved_about
 from fedsim.errors import ConfigError, DataError, own_code
 from fedsim.layout import Layout
 from fedsim.models import prefix, pretrain
+from fedsim.models.frozen import has_bf16
 from fedsim.models.vit import VitModel, checksum, frozen_arrays, load_backbone, skeleton
 from fedsim.rng import stream, torch_stream
 from fedsim.simulator import Workload
@@ -54,9 +55,9 @@ class Plan:
         return np.sort(rng.choice(self.trainable, self.cohort, replace=False))
 
     def evaluation_blocks(self) -> list[tuple[int, ...]]:
-        """All clients; those that never train in blocks of their own."""
+        """All clients; those that never train in blocks of their own, and first: they take an epoch more."""
         unseen = np.array(sorted(self.workload.unseen), dtype=np.int64)
-        return self.blocks(self.trainable) + (self.blocks(unseen) if len(unseen) else [])
+        return (self.blocks(unseen) if len(unseen) else []) + self.blocks(self.trainable)
 
     def describe_blocks(self) -> str:
         """Number and sizes of the blocks of a round; empty while their size is ``auto``."""
@@ -264,6 +265,12 @@ def _simulators_here(backend: BackendConfig) -> int:
         or torch.cuda.device_count() * max(1, backend.per_gpu)
         or (os.cpu_count() or 1) // backend.threads
     )
+
+
+def emulates_bf16(config: Config) -> bool:
+    """Whether simulators will compute in bf16 on processors of this machine, which have none."""
+    on_cpus_here = _simulators_here(config.backend) and not torch.cuda.is_available()
+    return bool(on_cpus_here and config.precision == "bf16" and not has_bf16())
 
 
 def _refuse_without_room(parts: dict[str, int], what_to_lower: str) -> None:

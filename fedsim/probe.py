@@ -7,12 +7,15 @@ arithmetic, and a run that is resumed or repeated from that file has the sizes t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from fedsim.backend import Backend
-from fedsim.errors import DeviceMemoryError
+from fedsim.errors import DeviceMemoryError, FedsimError
 from fedsim.plan import Plan
+
+_log = logging.getLogger(__name__)
 
 GAIN = 1.05
 """A larger size has to be that much faster: it costs memory, and leaves fewer blocks to share out."""
@@ -36,20 +39,21 @@ def with_sizes(plan: Plan, backend: Backend) -> Plan:
         DeviceMemoryError: not even one client fits into a block.
     """
     asked = plan.workload.config.backend
-    shares = GPU_SHARES if not asked.per_gpu and backend.gpus else (asked.per_gpu or 1,)
+    given = asked.per_gpu or asked.gpu_fraction or asked.simulators
+    shares = GPU_SHARES if backend.gpus and not given else (backend.per_gpu,)
     trials: list[Trial] = []
     if len(shares) > 1 or not asked.block_size:
         for per_gpu in shares:
-            if backend.gpus and per_gpu != backend.per_gpu:
-                backend.share_gpus(per_gpu)
+            if per_gpu != backend.per_gpu and not _shared(backend, per_gpu):
+                break
             trials += _tried(plan, backend, per_gpu)
         if not trials:
             raise DeviceMemoryError("backend.block_size: not even a block of one client fits into the memory")
     best = choose(trials) if trials else Trial(shares[0], asked.block_size, 0.0)
-    if backend.gpus and best.per_gpu != backend.per_gpu:
+    if best.per_gpu != backend.per_gpu:
         backend.share_gpus(best.per_gpu)
-    config = plan.workload.config
-    sized = replace(config, backend=replace(asked, per_gpu=best.per_gpu, block_size=best.block_size))
+    config, per_gpu = plan.workload.config, asked.per_gpu or best.per_gpu
+    sized = replace(config, backend=replace(asked, per_gpu=per_gpu, block_size=best.block_size))
     about = plan.about | ({"probe": [asdict(trial) for trial in trials]} if trials else {})
     return replace(plan, workload=replace(plan.workload, config=sized), about=about)
 
@@ -73,6 +77,16 @@ def told(plan: Plan) -> str:
     shown = [f"{named(trial.per_gpu, trial.block_size)}: {trial.client_steps_per_second:g}" for trial in trials]
     found = f"{named(taken.per_gpu, taken.block_size)} clients, by trial (clients x steps a second: {', '.join(shown)})"
     return found if trials else ""
+
+
+def _shared(backend: Backend, per_gpu: int) -> bool:
+    """Whether so many simulators on each GPU have started: fewer did, so what others lack is room."""
+    try:
+        backend.share_gpus(per_gpu)
+    except FedsimError as error:
+        _log.warning("%d simulators on a GPU did not start: %s", per_gpu, error)
+        return False
+    return True
 
 
 def _tried(plan: Plan, backend: Backend, per_gpu: int) -> list[Trial]:

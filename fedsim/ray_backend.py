@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.job_config import JobConfig
@@ -27,6 +28,7 @@ from fedsim import checkpoint
 from fedsim.actors import CentralActor, SimulatorActor, put_frozen
 from fedsim.backend import Backend, Block, own_peak_memory_mib
 from fedsim.config import BackendConfig
+from fedsim.env import Ragged
 from fedsim.errors import (
     CentralLostError,
     ClientError,
@@ -99,7 +101,7 @@ class RayBackend(Backend):
 
     @property
     def per_gpu(self) -> int:
-        return max(1, self.config.per_gpu)
+        return math.floor(1 / self.gpu_fraction + 1e-6) if self.gpu_fraction else max(1, self.config.per_gpu)
 
     def pids(self) -> list[int]:
         """Process ids of the simulators."""
@@ -404,10 +406,14 @@ class RayBackend(Backend):
 
     def _steps(self, stage: str, block: Block) -> int:
         """Batches of the block's longest client, in a unit in which blocks of one stage compare."""
-        config, data, ids = self._work.config, self._work.data, list(block)
-        steps = config.local.epochs * math.ceil(data.train.sizes[ids].max() / config.local.batch_size)
+        config, data, ids = self._work.config, self._work.data, np.array(block)
+
+        def most(split: Ragged) -> int:
+            return int((split.offsets[ids + 1] - split.offsets[ids]).max())  # not of the whole population
+
+        steps = config.local.epochs * math.ceil(most(data.train) / config.local.batch_size)
         if stage == "evaluate":
-            steps += math.ceil(data.test.sizes[ids].max() / config.eval.batch_size)
+            steps += math.ceil(most(data.test) / config.eval.batch_size)
         return max(1, steps)
 
     # The end -----------------------------------------------------------------------------------------------------
@@ -506,8 +512,14 @@ def _join(address: str, named: str, **quiet: Any) -> None:
 
 
 def gpu_fraction(config: BackendConfig) -> float:
-    """The share of a GPU that a simulator takes; 0 in a cluster without GPUs."""
-    return (config.gpu_fraction or 1 / max(1, config.per_gpu)) if ray.cluster_resources().get("GPU", 0) else 0.0
+    """The share of a GPU that a simulator takes; 0 in a cluster without GPUs.
+
+    With ``per_gpu=auto`` it leaves room for all ``simulators`` that are asked for.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        return 0.0
+    return config.gpu_fraction or 1 / (config.per_gpu or max(1, math.ceil(config.simulators / gpus)))
 
 
 def _size_pool(config: BackendConfig) -> tuple[float, int]:

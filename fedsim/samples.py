@@ -10,7 +10,15 @@ from fedsim.env import FederatedData
 from fedsim.models.vit import as_tensors
 
 DEVICE_SHARE = 0.2
-"""Of a GPU's free memory that samples may take: what is left is for blocks of clients."""
+"""Of the memory that a simulator has on a GPU: what is left is for blocks of clients."""
+
+
+def room_bytes(device: torch.device, gpu_share: float) -> float:
+    """Bytes that samples may take of a GPU of which the simulator has a share; 0 of a CPU, which has them anyhow."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return DEVICE_SHARE * min(free, gpu_share * total)
 
 
 class Samples:
@@ -23,11 +31,9 @@ class Samples:
         data: the federated data.
     """
 
-    def __init__(self, data: FederatedData, device: torch.device, room_bytes: float | None = None) -> None:
-        """``room_bytes``: for all inputs on the device; default: a share of a GPU's free memory."""
+    def __init__(self, data: FederatedData, device: torch.device, room_bytes: float = 0) -> None:
+        """``room_bytes``: for all inputs on the device."""
         self.data, self._device = data, device
-        if room_bytes is None:
-            room_bytes = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         self._held: tuple[Tensor, Tensor] | None = None
         if data.inputs.nbytes <= room_bytes:
             arrays = as_tensors({"inputs": data.inputs, "labels": data.labels})

@@ -28,7 +28,7 @@ from fedsim.files import LOCK, locked, write_atomically
 from fedsim.going_on import refuse_gap, refuse_other_inputs, refuse_other_settings, settings_of
 from fedsim.interrupts import stoppable
 from fedsim.loop import Progress, run_rounds, summarise, write_results
-from fedsim.plan import Plan, prepare
+from fedsim.plan import Plan, emulates_bf16, prepare
 from fedsim.probe import told, with_sizes
 from fedsim.provenance import commit, versions
 from fedsim.simulator import guarded
@@ -246,6 +246,8 @@ def _go(
     blocks = len(plan.blocks(plan.sample_cohort(0)))
     if blocks < backend.simulators:
         console.print(f"only {blocks} of {backend.simulators} simulators have work: lower backend.block_size")
+    if emulates_bf16(config):
+        console.print("this machine's processor has no bf16 and emulates it: precision=fp32 is faster here")
     losses, furthest = 0, progress.round
     try:
         # Set after Ray has started, which sets a handler of its own.

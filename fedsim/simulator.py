@@ -19,7 +19,7 @@ from fedsim.errors import ClientError, FedsimError
 from fedsim.local import LocalContext
 from fedsim.models.frozen import halved
 from fedsim.models.vit import VitModel
-from fedsim.samples import Samples
+from fedsim.samples import Samples, room_bytes
 
 T = TypeVar("T")
 Facts = dict[str, Any]
@@ -54,15 +54,15 @@ class Workload:
 
 
 class Simulator:
-    """Trains and evaluates blocks on one device."""
+    """Trains and evaluates blocks on one device; ``gpu_share``: how much of a GPU's memory it may take."""
 
-    def __init__(self, workload: Workload, device: str = "cpu") -> None:
+    def __init__(self, workload: Workload, device: str = "cpu", gpu_share: float = 1.0) -> None:
         config = workload.config
         self.config, self.algorithm = config, workload.algorithm()
         self.unseen = workload.unseen
         classes, extra = workload.task.num_classes, self.algorithm.extra
         self.model = VitModel(config.model, config.adapter, classes, workload.frozen, device, config.precision, extra)
-        self.samples = Samples(workload.data, self.model.device)
+        self.samples = Samples(workload.data, self.model.device, room_bytes(self.model.device, gpu_share))
 
     def train(self, round: int, ids: tuple[int, ...], payload: State, rows: State) -> tuple[Facts, State, State]:
         """Local training of a block: facts, ``update [C, …]``, and the clients' new rows.

@@ -80,6 +80,22 @@ def test_what_a_client_drops_takes_no_room_from_others(budget_bytes: int) -> Non
     assert content(history) == [(2, 1), (3, 1), (4, 8)]
 
 
+def test_a_token_dropped_between_others_moves_none_of_them_until_the_array_is_full() -> None:
+    history = filled(4, [1, 2], [2], [2], per_client=1)  # six rows, of which client 2 left two
+    assert history._places.tolist() == [0, 3] and content(history) == [(0, 1), (2, 2)]
+    history.append(3, torch.tensor([3, 2]), torch.tensor([[3.0, 3.0], [3.0, 2.0]]))
+    assert history._places.tolist() == [0, 4, 5] and content(history) == [(0, 1), (3, 3), (3, 2)]
+    history.append(4, torch.tensor([2]), torch.tensor([[4.0, 2.0]]))  # no row is free: those held move to the front
+    assert history._places.tolist() == [0, 1, 2] and content(history) == [(0, 1), (3, 3), (4, 2)]
+    assert history.tokens(2).tolist() == [[3, 3], [4, 2]] and history.tokens(0).shape == (0, 2)
+
+
+def test_tokens_with_a_gap_between_them_lie_as_those_without_do() -> None:
+    gap, whole = filled(4, [1, 2], [2], per_client=1), filled(4, [1, 2])
+    assert gap._places.tolist() == [0, 2]
+    assert gap.tokens().stride() == whole.tokens().stride() == (16, 1)  # rows of 64 bytes
+
+
 def test_of_one_client_twice_at_once_the_later_stays() -> None:
     history = History(4, 1, per_client=1)
     history.append(0, torch.tensor([5, 6, 5]), torch.tensor([[1.0], [2.0], [3.0]]))

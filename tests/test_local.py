@@ -177,7 +177,7 @@ def test_a_single_sample_is_never_held_out(data: FederatedData) -> None:
     model: Any = Pencil()
     kept, held = LocalContext(model, Samples(poor, CPU), EVERYONE, LocalConfig(batch_size=2), 0, 0, "train").split(0.5)
     assert kept.sizes.tolist() == [1, 1, 0] and held.sizes.tolist() == [0, 1, 0]
-    assert [batch.left for batch in held.batches()] == [(0,)]
+    assert [batch.left.tolist() for batch in held.batches()] == [[0]]
 
 
 def test_losses_of_both_parts_count_for_the_client(context: Make) -> None:

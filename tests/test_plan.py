@@ -18,7 +18,7 @@ from fedsim.config import Config
 from fedsim.env import FederatedData
 from fedsim.envs.shapes import Shapes
 from fedsim.errors import ConfigError, DataError
-from fedsim.plan import Plan, cache_folder, cut_blocks, prepare
+from fedsim.plan import Plan, cache_folder, cut_blocks, emulates_bf16, prepare
 
 Make = Callable[..., Config]
 
@@ -104,7 +104,7 @@ def test_unseen_clients_are_never_drawn(tiny_config: Make) -> None:
 
 def test_unseen_clients_are_evaluated_in_blocks_of_their_own(tiny_config: Make) -> None:
     plan = prepare(tiny_config("eval.unseen=0.25", "cohort=3", "backend.block_size=8"))
-    (seen, unseen) = plan.evaluation_blocks()
+    (unseen, seen) = plan.evaluation_blocks()  # first, as they take an epoch more
     assert sorted(seen) == plan.trainable.tolist() and set(unseen) == plan.workload.unseen
     (everyone,) = prepare(tiny_config("backend.block_size=8")).evaluation_blocks()
     assert sorted(everyone) == list(range(8))
@@ -224,6 +224,17 @@ def test_the_rows_of_all_clients_count(tiny_config: Make, tiny_plan: Plan, monke
     mib = prepare(tiny_config("algorithm=local", "env.num_clients=400")).about["memory_mib"]
     assert mib["clients' rows"] == round(400 * 712 * 4 / 2**20, 1)
     assert tiny_plan.about["memory_mib"]["clients' rows"] == 0.0  # fedavg's clients keep nothing
+
+
+def test_a_processor_without_bf16_emulates_it(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, cuda, expected in ((False, False, True), (True, False, False), (False, True, False)):
+        monkeypatch.setattr("fedsim.plan.has_bf16", lambda has=has: has)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert emulates_bf16(tiny_config("precision=bf16")) is expected
+        assert not emulates_bf16(tiny_config())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("fedsim.plan.has_bf16", lambda: False)
+    assert not emulates_bf16(tiny_config("precision=bf16", "backend=ray", "backend.address=10.0.0.1:6379"))
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from fedsim.simulation import resume, run
 
 Make = Callable[..., Config]
 AUTO = "backend.block_size=auto"
+SHARED = ("env.num_clients=40", "cohort=40", AUTO, "backend.per_gpu=auto", "backend.simulators=0")
 
 
 class Formula:
     """Two simulators, or as many as share two GPUs; a step of a block takes ``seconds(per_gpu, clients)``."""
 
-    def __init__(self, seconds: Callable[[int, int], float], gpus: int = 0, room: int = 1000) -> None:
-        self._seconds, self.gpus, self.per_gpu, self._room = seconds, gpus, 1, room
+    def __init__(self, seconds: Callable[[int, int], float], gpus: int = 0, room: int = 1000, most: int = 9) -> None:
+        self._seconds, self.gpus, self.per_gpu, self._room, self._most = seconds, gpus, 1, room, most
         self.asked: list[tuple[int, int]] = []
 
     @property
@@ -36,6 +37,8 @@ class Formula:
     def share_gpus(self, per_gpu: int) -> None:
         assert self.gpus
         self.per_gpu = per_gpu
+        if per_gpu > self._most:
+            raise ConfigError(["backend.simulators: 9 actors did not start within 300 s"])
 
     def probe(self, block: tuple[int, ...]) -> float:
         self.asked.append((self.per_gpu, len(block)))
@@ -86,7 +89,7 @@ def test_the_clients_of_a_trial_are_those_with_most_samples(plan: Plan):
 
 
 def test_a_gpu_is_shared_by_as_many_as_it_takes_to_fill_it(tiny_config: Make):
-    plan = prepare(tiny_config("env.num_clients=40", "cohort=40", AUTO, "backend.per_gpu=auto"))
+    plan = prepare(tiny_config(*SHARED))
     half_full = Formula(lambda per_gpu, clients: max(2.0, per_gpu * clients / 8), gpus=2)
     found = with_sizes(plan, half_full)  # 2 GPUs do 16 client steps a second from 8 clients on a GPU, and not before
     assert (found.workload.config.backend.per_gpu, found.workload.config.backend.block_size) == (1, 16)
@@ -94,6 +97,25 @@ def test_a_gpu_is_shared_by_as_many_as_it_takes_to_fill_it(tiny_config: Make):
     assert sized(plan, latency) == (4, 4)
     assert latency.per_gpu == 4
     assert told(found).startswith("1 simulators a GPU with blocks of 16 clients, by trial (")
+
+
+def test_more_simulators_than_a_gpu_has_memory_for_are_no_mistake(tiny_config: Make, caplog: Any):
+    plan = prepare(tiny_config(*SHARED))
+    backend = Formula(lambda per_gpu, clients: max(1.0, clients / 4), gpus=2, most=2)
+    assert sized(plan, backend) == (2, 4) and backend.per_gpu == 2
+    told = "backend.simulators: 9 actors did not start within 300 s"
+    assert caplog.messages == [f"4 simulators on a GPU did not start: {told}"]
+    with pytest.raises(ZeroDivisionError):  # but what is wrong with a trial itself is told
+        with_sizes(plan, Formula(lambda per_gpu, clients: 1 / 0, gpus=2))
+
+
+@pytest.mark.parametrize("given", ["backend.simulators=4", "backend.gpu_fraction=0.5"])
+def test_where_simulators_are_given_only_blocks_are_tried(tiny_config: Make, given: str):
+    plan = prepare(tiny_config(*SHARED, given))
+    backend = Formula(lambda per_gpu, clients: max(1.0, clients / 4), gpus=2)
+    backend.per_gpu = 2  # as the back end makes of it
+    assert sized(plan, backend) == (2, 4)
+    assert {per_gpu for per_gpu, _ in backend.asked} == {2}
 
 
 def test_numbers_are_taken_as_they_are_and_without_gpus_nothing_is_shared(tiny_config: Make):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -99,6 +100,39 @@ def test_more_simulators_than_the_cluster_holds_is_refused(cluster, tiny_config)
     plan = prepare(tiny_config("backend=ray", "backend.simulators=4"))
     with pytest.raises(ConfigError, match="4 simulators of 1 CPU each, the cluster has room for 1"):
         RayBackend(plan.workload, plan.params, "too-many")
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "simulators"),
+    [
+        ({}, 0.5, 4),
+        ({"per_gpu": 4}, 0.25, 8),
+        ({"gpu_fraction": 0.3}, 0.3, 6),
+        ({"per_gpu": 0}, 1.0, 2),
+        ({"per_gpu": 0, "simulators": 2}, 1.0, 2),
+        ({"per_gpu": 0, "simulators": 5}, 1 / 3, 5),  # three on one, two on the other
+    ],
+)
+def test_simulators_on_two_gpus(monkeypatch, settings, share, simulators):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: None)
+    assert ray_backend._size_pool(BackendConfig(**settings)) == (pytest.approx(share), simulators)
+    bare = object.__new__(RayBackend)
+    bare.config, bare.gpu_fraction = BackendConfig(**settings), share
+    assert bare.per_gpu == math.floor(1 / share + 1e-6)
+    with pytest.raises(ConfigError, match=r"5 simulators of 0\.5 GPU each, the cluster has room for 4"):
+        ray_backend._size_pool(BackendConfig(simulators=5))
+
+
+def test_another_number_of_simulators_on_a_gpu_takes_the_place_of_those_there_are(bare, monkeypatch):
+    started = []
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 2.0})
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: None)
+    monkeypatch.setattr(bare, "_start_pool", lambda *told: started.append(told))
+    bare._pool.slots[0].starts = 1
+    bare.share_gpus(4)
+    assert (bare.gpu_fraction, bare.per_gpu) == (0.25, 4)
+    assert started == [(8, 1)]  # eight, whose names tell that there was one before
 
 
 def test_defaults_are_those_of_the_design():

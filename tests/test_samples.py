@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsim.env import FederatedData, Ragged
-from fedsim.samples import Samples
+from fedsim.samples import Samples, room_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -22,9 +22,9 @@ def data(tmp_path: Path) -> FederatedData:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("room_bytes", [11, 12, None], ids=["no room", "room", "what there is"])
-def test_samples_by_hand(data: FederatedData, device: str, room_bytes: int | None) -> None:
-    samples = Samples(data, torch.device(device), room_bytes)
+@pytest.mark.parametrize("room", [11, 12], ids=["no room", "room"])
+def test_samples_by_hand(data: FederatedData, device: str, room: int) -> None:
+    samples = Samples(data, torch.device(device), room)
     inputs, labels = samples.take(np.array([[3, 0], [1, 1]]))
     assert inputs.dtype == torch.uint8 and inputs.device.type == labels.device.type == device
     assert inputs[..., 0, 0].tolist() == [[[9, 10, 11], [0, 1, 2]], [[3, 4, 5], [3, 4, 5]]]
@@ -37,3 +37,11 @@ def test_where_there_is_room_the_file_is_read_once(data: FederatedData, device: 
     data.__dict__["inputs"] = np.zeros((4, 3, 1, 1), np.uint8)
     assert read_again.take(np.array([[3]]))[0].sum() == 0
     assert held.take(np.array([[3]]))[0].sum() == 9 + 10 + 11
+
+
+def test_room_is_a_fifth_of_what_a_simulator_has_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 24 << 30))  # free, in all
+    gpu = torch.device("cuda")
+    assert room_bytes(gpu, 1.0) == 4 << 30  # not more than is free
+    assert room_bytes(gpu, 0.25) == pytest.approx(1.2 * 2**30)  # neighbours will take the rest
+    assert room_bytes(torch.device("cpu"), 1.0) == 0

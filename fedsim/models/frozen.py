@@ -9,6 +9,7 @@ In bf16 autocast would cast every matrix anew in each pass. They are cast once, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ ONEDNN = (
     and hasattr(torch.ops.mkldnn, _LINEAR)
 )
 """Whether this processor's products go there."""
+
+
+def has_bf16() -> bool:
+    """Whether this machine's processor computes in bf16; true where nothing tells. Others emulate it, slowly."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.exists() or "bf16" in cpuinfo.read_text(encoding="utf-8")
 
 
 class FrozenLinear(nn.Linear):

@@ -2,7 +2,8 @@
 
 Below the lowest adapter a frozen backbone gives all clients the same tokens, in every epoch of every round. They are
 computed when the run is prepared and kept in one file that all processes of a node map into memory, keyed by the
-backbone's values, the images, the input's size and the number type. Nothing here is random: fedsim does not augment.
+values of backbone and images, the input's size, the number type and what computed them. Nothing here is random: fedsim
+does not augment.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 
-from fedsim.cache import cached, create
+from fedsim.cache import cached, content, create
 from fedsim.config import ModelConfig
 from fedsim.env import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.models.vit import VitModel, as_tensors
 from fedsim.threads import side_by_side
 
-_CHUNK = 128  # images at a time: fixed, so that the values do not depend on the number of threads
+_CHUNK = 32  # images at a time, of each thread: fixed, so that the values do not depend on the number of threads
+_RECIPE = 2  # raise it with what changes the tokens' last digits
 
 
 def token_file(config: ModelConfig, model: VitModel, weights: str, data: FederatedData, folder: Path) -> Path:
@@ -63,5 +66,13 @@ def token_file(config: ModelConfig, model: VitModel, weights: str, data: Federat
                 fill(start)
 
     settings = {key: value for key, value in asdict(config).items() if key != "weights"}
-    about = {"model": settings, "weights": weights, "blocks": model.module.prefix, "images": data.image_file.name}
+    about = {
+        "recipe": _RECIPE,
+        "timm": timm.__version__,
+        "device": model.device.type,
+        "model": settings,
+        "weights": weights,
+        "blocks": model.module.prefix,
+        "images": content(data.image_file),
+    }
     return cached(folder, f"prefix-{data.image_file.name.split('-')[0]}", about, write)

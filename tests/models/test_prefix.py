@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from fedsim.config import Config
+from fedsim.env import FederatedData
 from fedsim.errors import ConfigError
+from fedsim.models import prefix
 from fedsim.models.vit import VitModel
-from fedsim.plan import prepare
+from fedsim.plan import Plan, prepare
 from fedsim.simulation import run
 
 Tiny = Callable[..., Config]
@@ -84,6 +87,25 @@ def test_other_weights_or_types_have_another_file(tiny_config: Tiny) -> None:
         )
     }
     assert len(files) == 4
+
+
+def test_the_file_is_that_of_the_images_themselves(tiny_plan: Plan, tmp_path: Path) -> None:
+    config, data, frozen = tiny_plan.workload.config, tiny_plan.workload.data, tiny_plan.workload.frozen
+    model = VitModel(config.model, config.adapter, len(data.classes), frozen)
+
+    def tokens_of(folder: str, images: np.ndarray) -> Path:
+        """Of an env that keeps its images in a file of its own."""
+        (tmp_path / folder).mkdir(exist_ok=True)
+        np.save(tmp_path / folder / "images.npy", images)
+        own = FederatedData(tmp_path / folder / "images.npy", data.labels, data.classes, data.train, data.test)
+        cached = replace(config.model, cached_prefix="fp32")
+        return prefix.token_file(cached, model, "weights", own, tmp_path / "cache")
+
+    black, white = np.zeros((3, 3, 16, 16), np.uint8), np.full((3, 3, 16, 16), 255, np.uint8)
+    first = tokens_of("one", black)
+    assert tokens_of("two", black) == first
+    assert not np.array_equal(np.load(tokens_of("two", white)), np.load(first))
+    assert tokens_of("one", white) == tokens_of("two", white)  # overwritten in place
 
 
 def test_without_a_frozen_prefix_it_is_refused(tiny_config: Tiny) -> None:
