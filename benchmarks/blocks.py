@@ -21,12 +21,13 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import append, machine
+from machine import about, append, machine
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.backend import memory_told
@@ -58,7 +59,7 @@ class Updates:
             f"backend.block_size={largest}",
         ])  # fmt: skip
         plan = prepare(config)
-        self.simulator = Simulator(plan.workload, device)
+        self.simulator = Simulator(replace(plan.workload, frozen=plan.workload.weights()), device)
         self._payload = {"w": plan.params[None]}
 
     def train(self, size: int) -> None:
@@ -160,7 +161,7 @@ def main() -> None:
                 "benchmark": "blocks", "setup": setup, "precision": precision, "processes": processes,
                 "block_size": size, "updates_per_second": statistics.median(found),
                 f"ratio_to_{sizes[0]}": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-                "repeats": options.repeats, "torch": torch.__version__, "machine": name,
+                "repeats": options.repeats, **about(), "machine": name,
             }  # fmt: skip
             if peak:
                 row |= {"matrix_tflops": peak / 1e12, "share_of_it": flops * row["updates_per_second"] / peak}

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-from machine import append, machine
+from machine import about, append
 
 from fedsim.config import load
 from fedsim.plan import prepare
@@ -72,7 +71,7 @@ def main() -> None:
                 "train_s": statistics.median(train for train, _ in pairs),
                 "server_s": statistics.median(server for _, server in pairs),
                 "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-                "rounds": options.rounds, "torch": torch.__version__, "machine": machine(),
+                "rounds": options.rounds, **about(),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
             append(row, options.out)

@@ -17,6 +17,13 @@ def machine() -> str:
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def about() -> dict[str, Any]:
+    """What stands in every row: the machine, the commit, and the versions of packages."""
+    from fedsim.provenance import commit, versions  # here: the bare loop's processes import this file, too
+
+    return {"machine": machine(), "commit": commit(), **versions()}
+
+
 def append(row: dict[str, Any], out: Path | None) -> None:
     """One more JSON line, where a file is given."""
     if out:

@@ -4,7 +4,8 @@
 
 Starts pools of two simulators over a small and a large backbone (ViT-Ti, ViT-B) and over little and much data, and
 reads each simulator's private memory (USS: what would be freed if it ended) before any training and after a round.
-Weights lie in Ray's object store and images in a memory-mapped file, so both should add next to nothing. Linux.
+Weights lie in Ray's object store and images in a memory-mapped file, so both should add next to nothing. With one
+adapter and blocks of two there are few activations; with twelve and blocks of eight there are those of a run. Linux.
 
 Then plays 200 rounds of pFedSeq on drawn images, evaluated every tenth, with a checkpoint after each, and compares the
 resident memory of every process after them with that after the first 20: what leaks would show. Each is done as
@@ -26,8 +27,7 @@ from typing import Any
 
 import psutil
 import ray
-import torch
-from machine import append, machine
+from machine import about, append
 
 from fedsim.config import load
 from fedsim.loop import Progress, run_rounds
@@ -38,15 +38,18 @@ from fedsim.tracking import JsonLines
 ROUNDS = (20, 200)
 
 
-def private_mib(model: str, clients: int) -> dict[str, float]:
-    """Private and resident memory of a simulator, the mean of two, and the sizes of what they share."""
+def private_mib(model: str, clients: int, adapted: str, block: int) -> dict[str, float]:
+    """Private and resident memory of a simulator, the mean of two, and the sizes of what they share.
+
+    ``adapted``: the blocks with adapters; ``block``: clients that are trained together.
+    """
     config = load(None, [
-        "algorithm=fedavg", "cohort=4", f"model={model}", "model.weights=random", "model.img_size=64",
-        "model.options={}", "adapter.blocks=last:1", "local.epochs=1", f"env.num_clients={clients}", "env.px=64",
-        "env.samples_per_client=64", "backend.simulators=2", "backend.block_size=2", "backend.dashboard=false",
+        "algorithm=fedavg", f"cohort={2 * block}", f"model={model}", "model.weights=random", "model.img_size=64",
+        "model.options={}", f"adapter.blocks={adapted}", "local.epochs=1", f"env.num_clients={clients}", "env.px=64",
+        "env.samples_per_client=64", "backend.simulators=2", f"backend.block_size={block}", "backend.dashboard=false",
     ])  # fmt: skip
     plan = prepare(config)
-    backend = RayBackend(plan.workload, plan.params, f"memory-{model}-{clients}")
+    backend = RayBackend(plan.workload, plan.params, "memory")
     try:
         processes = [psutil.Process(pid) for pid in backend.pids()]
         idle = [process.memory_full_info().uss for process in processes]
@@ -108,10 +111,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the results as JSON lines")
     options = parser.parse_args()
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
-    told = {"repeats": options.repeats, "torch": torch.__version__, "ray": ray.__version__, "machine": machine()}
+    told = {"repeats": options.repeats, **about()}
     measures: list[tuple[dict[str, Any], Callable[[], dict[str, float]]]] = [
-        ({"benchmark": "memory", "model": model}, partial(private_mib, model, clients))
-        for model, clients in (("vit_tiny_patch16_224", 8), ("vit_base_patch16_224", 8), ("vit_tiny_patch16_224", 400))
+        (
+            {"benchmark": "memory", "model": model, "adapted": adapted, "block": block},
+            partial(private_mib, model, clients, adapted, block),
+        )
+        for model, clients, adapted, block in (
+            ("vit_tiny_patch16_224", 8, "last:1", 2),
+            ("vit_base_patch16_224", 8, "last:1", 2),
+            ("vit_tiny_patch16_224", 400, "last:1", 2),
+            ("vit_tiny_patch16_224", 16, "all", 8),
+        )
     ]
     measures.append(({"benchmark": "growth", "rounds": ROUNDS}, growth))
     for what, measure in measures:

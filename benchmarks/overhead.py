@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import append, machine
+from machine import about, append
 from peer_work import adapted_vit, pixels, trained, without_fused_attention
 from torch.nn import functional as F
 
@@ -106,8 +106,7 @@ def measure(precision: str, pipes: list[Connection], options: argparse.Namespace
             "fedsim_updates_per_second": statistics.median(ours for ours, _ in pairs),
             "bare_updates_per_second": statistics.median(theirs for _, theirs in pairs),
             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "repeats": options.repeats, "processes": options.processes, "torch": torch.__version__,
-            "machine": machine(),
+            "repeats": options.repeats, "processes": options.processes, **about(),
         }  # fmt: skip
 
 

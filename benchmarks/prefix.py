@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 import ray
-import torch
-from machine import append, machine
+from machine import about, append
 
 from fedsim.config import load
 from fedsim.plan import prepare
@@ -63,7 +62,7 @@ def main() -> None:
             "cached_updates_per_second": statistics.median(with_it for with_it, _ in turns),
             "updates_per_second": statistics.median(without for _, without in turns),
             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "repeats": options.repeats, "torch": torch.__version__, "machine": machine(),
+            "repeats": options.repeats, **about(),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
         append(row, options.out)
