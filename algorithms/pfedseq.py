@@ -16,15 +16,17 @@ abstract fixes. The rest is this project's reading; docs/pfedseq.md has the reas
 - *Parts.* All this is done for every part of the row by itself: the adapter of a layer, the weights of a class in the
   head. A part of a client finds the parts that are like it among the other clients', and gets what they agree on at its
   own length (the norm after the memory is Mamba-2's). What local training only memorised, nobody shares: it goes.
-- ``mix = 0`` (or ``learner = last``): a client gets its own last residual back. ``gain = 0`` is FedAvg.
-- *Training by replay.* Half of the clients in the history, drawn anew each round, ask with their tokens; the memory
-  holds the other half's. The learner descends 1 - cos(answer, the client's next token, or this one while there is no
-  next), all positions at once. A client's own tokens are left out: with them in, it learns to copy.
+- ``mix = 0`` (or ``learner = last``, which gives back its last token): a client gets its own last residual back.
+  ``gain = 0`` is FedAvg.
+- *Training by replay.* Of the clients of the newest ``replay_tokens``, half, drawn anew each round, ask with their
+  tokens; the memory holds the other half's. The learner descends 1 - cos(answer, the client's next token, or this one
+  while there is no next), all positions at once. A client's own tokens are left out: with them in, it learns to copy.
+  A learner that starts by giving its query back has copied it already: only next tokens are a lesson for it.
 - *Training by the vector-Jacobian product* (``train = vjp``; the rule of pFedHN, Shamsian et al., ICML 2021): u_i is a
   descent direction of F_i at w_i, so the learner ascends the mean of <c_i, u_i / |u_i|>. No work for clients in either.
-- *The mix* may be learned, one for each bank of parts of one form (``held_out > 0``): a client never trains on a share
-  of its samples, and sends their gradient at w_i along, one more vector. What it was trained on cannot tell what is
-  shared from what is memorised: u_i always asks for more of r_i.
+- *The mix* may be learned, one for each bank of parts of one form (``held_out > 0``): in no round a client trains on a
+  share of its samples, and it sends their gradient at w_i along, one more vector. What it was trained on cannot tell
+  what is shared from what is memorised: u_i always asks for more of r_i. What a client ends with is trained on all.
 - A client that was never seen has no residual: its calibration is zero and it is sent w; from its first update on, the
   memory answers it like any other. One that was last seen long ago keeps its last residual as its query; with
   ``order = per_client``, where none of its tokens is left, it gets that residual back.
@@ -64,7 +66,7 @@ class PFedSeq(Algorithm):
         gain: float = setting(1.0, "factor of the calibration; 0 is FedAvg", low=0)
         mix: float = setting(1.0, "the memory's share; the rest is the client's own last residual", low=0, high=1)
         held_out: float = setting(
-            0.0, "share of a client's samples that it never trains on; their gradient teaches the mix", low=0, high=0.9
+            0.0, "share of a client's samples that no round trains on; their gradient teaches the mix", low=0, high=0.9
         )
         mix_step: float = setting(0.1, "most that a round changes the mix by, where it is learned", low=0, high=1)
         parts: str = setting("parts", "a memory for each layer and class, or one for the row", choices=("parts", "row"))
@@ -99,10 +101,10 @@ class PFedSeq(Algorithm):
 
     def init_server(self, params: Tensor, generator: torch.Generator) -> ServerState:
         config, views = self.config, self._views
-        half_life, state_size = config.half_life * self.task.cohort, config.state_size
+        state_size, half_life_tokens = config.state_size, config.half_life * self._tokens_a_round
         calibrator = Calibrator(
             Parts.of(self.task.layout, whole=config.parts == "row"),
-            lambda k: make_learner(config.learner, k, state_size, generator, half_life, config.budget_mib),
+            lambda k: make_learner(config.learner, k, state_size, generator, half_life_tokens, config.budget_mib),
             views,
         )
         server = {
@@ -128,6 +130,11 @@ class PFedSeq(Algorithm):
         return bool(config.train != "none" and config.lr and heard)
 
     @property
+    def _tokens_a_round(self) -> float:
+        """Of a sequence: all clients', or on average one client's."""
+        return self.task.cohort / (self.task.trainable if self.config.order == "per_client" else 1)
+
+    @property
     def _capacity(self) -> int:
         """Most tokens in the history."""
         config, task = self.config, self.task
@@ -150,8 +157,13 @@ class PFedSeq(Algorithm):
     def memory_bytes(self) -> int:
         config, d = self.config, self._views * self.task.layout.size
         history = History.memory_bytes(self._capacity, d, config.dtype, config.history_mib << 20)
-        copy = 4 * d * self._capacity
-        return history + copy + 4 * d * 10 * config.state_size + 4 * (config.budget_mib << 20)
+        by_client, by_vjp = config.order == "per_client", self._trains and config.train in ("vjp", "both")
+        # Read as they lie: fp32 without gaps, by the one learner that takes tokens in pieces. Else all are copied.
+        in_place = config.dtype == "fp32" and config.learner == "ssm" and self._views == 1 and not config.per_client
+        tokens = (0 if in_place else 1) + (4 if by_vjp else 0)  # arrays as large as all of them, and their gradients'
+        states = 10 + (self.task.cohort * (3 if by_vjp else 1) if by_client else 0)
+        arrays = 4 * d * (tokens * self._capacity + states * config.state_size)
+        return history + arrays + 4 * (config.budget_mib << 20)
 
     # What clients are sent ---------------------------------------------------------------------------------------
 
@@ -190,7 +202,10 @@ class PFedSeq(Algorithm):
         if not self.config.held_out:
             return {"delta": ctx.sgd(w) - w}, rows
         kept, held = ctx.split(self.config.held_out)
-        gradient = torch.stack([held.grad(w, batch) for batch in held.batches(1)]).sum(0)
+        gradient = torch.zeros_like(w)  # of the mean loss; of a client that has nothing to hold out it stays zero
+        for batch in held.batches(1):
+            m, samples = batch.clients, batch.mask.sum(1, keepdim=True)
+            gradient[:m] += samples / held.sizes[:m, None].clamp(min=1) * held.grad(w, batch)[:m]
         return {"delta": kept.sgd(w) - w, "gradient": gradient}, rows
 
     def personalise(self, payload: State, rows: State, ctx: LocalContext) -> Tensor:
@@ -291,7 +306,8 @@ class PFedSeq(Algorithm):
         generator = torch.Generator().manual_seed(int(server["draws"]) + round)
         clients = history.clients()[-most:].tolist()
         if self.config.order == "per_client":
-            sequences, _ = history.sequences(torch.tensor(list(dict.fromkeys(clients))), self._longest)
+            newest = list(dict.fromkeys(reversed(clients)))[: max(1, most // self._longest)]
+            sequences, _ = history.sequences(torch.tensor(newest), self._longest)
             positions = torch.arange(sequences.shape[1])
             written, asks, targets = positions >= 0, positions[:-1], positions[1:]
         else:
@@ -300,11 +316,14 @@ class PFedSeq(Algorithm):
             written = torch.tensor([client not in half for client in clients])
             asks = (~written).nonzero()[:, 0]
             targets = _next_of_same(clients)[asks]
+            if server["calibrator"].gives_back:
+                asks, targets = asks[targets > asks], targets[targets > asks]
         return replay(sequences, written, asks, targets, self.config.replay_parts, generator)
 
     def _alignment(self, server: ServerState, cohort: Cohort, delta: Tensor, rows: State) -> Tensor:
         """``mean_i <c_i, u_i / |u_i|>``, over the mean length of ``r_i``."""
-        memory = server["calibrator"].remember(server["history"].tokens())
+        each = self.config.order == "per_client"  # which reads the history itself
+        memory = [] if each else server["calibrator"].remember(server["history"].tokens())
         calibrations = self._calibrations(server, memory, cohort.ids, rows)
         direction = torch.nn.functional.normalize(delta, dim=1)
         return (calibrations * direction).sum(1).mean() / rows["last"].norm(dim=1).mean().clamp(min=1e-12)

@@ -35,6 +35,8 @@ from fedsim.sequence.learner import Learner, Memory
 class Transformer(Learner):
     """Memory: ``e [S, L, n]``, the tokens' projections."""
 
+    gives_back = True
+
     def __init__(self, width: int, state_size: int, generator: torch.Generator) -> None:
         super().__init__(width, state_size, generator)
         k, n = width, state_size
@@ -63,12 +65,23 @@ class Transformer(Learner):
     def _ask(self, query: Tensor, e: Tensor, seen: Tensor) -> Tensor:
         """Answers to queries ``[S, Q, k]`` against the first ``seen [Q]`` of the written tokens ``e [S, W, n]``."""
         u = query @ self.W_down
-        past = self.norm_attention(e)
-        q, key, value = self.norm_attention(u) @ self.W_Q, past @ self.W_K, past @ self.W_V
-        key, value = (pad(self._heads(t), (0, 0, 1, 0)) for t in (key, value))
-        found = scaled_dot_product_attention(self._heads(q), key, value, self._bias(seen, e))  # [S, H, Q, n / H]
+        q, key = self._keys(u, e)
+        value = pad(self._heads(self.norm_attention(e) @ self.W_V), (0, 0, 1, 0))
+        found = scaled_dot_product_attention(q, key, value, self._bias(seen, e))  # [S, H, Q, n / H]
         u = u + found.transpose(1, 2).flatten(2) @ self.W_O
         return query + (u + gelu(self.norm_mlp(u) @ self.W_1 + self.b_1) @ self.W_2) @ self.W_up
+
+    def attention(self, tokens: Tensor, query: Tensor) -> Tensor:
+        """``a_j``, the mean over heads; what falls to the zero token is in none of them."""
+        q, key = self._keys(query @ self.W_down, tokens @ self.W_down)
+        seen = torch.full((query.shape[1],), tokens.shape[1], device=query.device)
+        scores = q @ key.mT / math.sqrt(q.shape[-1]) + self._bias(seen, tokens)
+        return scores.softmax(-1)[..., 1:].mean(1)
+
+    def _keys(self, u: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries ``[S, H, Q, n / H]`` and of tokens, the zero token first, ``[S, H, 1 + W, n / H]``."""
+        q, key = self.norm_attention(u) @ self.W_Q, self.norm_attention(e) @ self.W_K
+        return self._heads(q), pad(self._heads(key), (0, 0, 1, 0))
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

@@ -34,6 +34,11 @@ class Calibrator(nn.Module):
         self.parts, self.views = parts, views
         self.learners = nn.ModuleList([make(views * bank.shape[1]) for bank in parts.banks])
 
+    @property
+    def gives_back(self) -> bool:
+        """Of its learners, which are all of a kind (`Learner.gives_back`)."""
+        return any(learner.gives_back for learner in self.learners)
+
     def arranged(self, tokens: Tensor) -> Tensor:
         """``[N, views d]`` with part lying after part, in each view."""
         views = [self.parts.arranged(view) for view in tokens.chunk(self.views, 1)]
@@ -78,7 +83,8 @@ class Calibrator(nn.Module):
         shares: list[Tensor] = []
         for learner, bank, asked in zip(self.learners, self._banks(arranged), self._banks(asking), strict=True):
             few = slice(None, None, -(-bank.shape[0] * bank.shape[2] // ELEMENTS_LOOKED_AT))
-            weights = learner.attention(bank[few], asked[few])  # type: ignore[operator]
+            scale = torch.ones(()) if learner.of_any_size else _scale(bank).clamp(min=1e-12)
+            weights = learner.attention(bank[few] / scale, asked[few] / scale)  # type: ignore[operator]
             if weights is None:
                 return None
             shares.append(normalize(weights.abs(), p=1, dim=2))
@@ -123,12 +129,12 @@ class Calibrator(nn.Module):
 
 
 def _remember(learner: nn.Module, tokens: Tensor, before: dict[str, Any] | None) -> dict[str, Any]:
-    """The memory of ``[S, L, k]``; a scale that was found stays."""
-    own = [before["memory"]] if before else []
+    """The memory of ``[S, L, k]``, or of what was before and these: of learners whose memory is a state."""
     if learner.of_any_size:
+        own = [before["memory"]] if before else []
         return {"memory": learner.remember(tokens, *own), "scale": torch.ones(())}  # type: ignore[operator]
-    scale = _scale(tokens) if before is None or not before["scale"] else before["scale"]
-    return {"memory": learner.remember(tokens / scale.clamp(min=1e-12), *own), "scale": scale}  # type: ignore[operator]
+    scale = _scale(tokens)
+    return {"memory": learner.remember(tokens / scale.clamp(min=1e-12)), "scale": scale}  # type: ignore[operator]
 
 
 def _remember_each(learner: nn.Module, tokens: Tensor) -> dict[str, Any]:

@@ -42,5 +42,8 @@ class Mean(Learner):
     def remember(self, tokens: Tensor) -> Memory:
         return {"mean": tokens.sum(1) / max(tokens.shape[1], 1)}
 
+    def attention(self, tokens: Tensor, query: Tensor) -> Tensor:
+        return tokens.new_full((*query.shape[:2], tokens.shape[1]), 1 / max(tokens.shape[1], 1))
+
     def read(self, memory: Memory, query: Tensor) -> Tensor:
         return memory["mean"][:, None].expand_as(query)

@@ -27,9 +27,11 @@ class Learner(nn.Module, ABC):
 
     Attributes:
         of_any_size: whether answers are as large as tokens are; else these best have entries of about unit size.
+        gives_back: whether it starts by giving every query back, so that to rebuild a query from itself is no lesson.
     """
 
     of_any_size = False
+    gives_back = False
 
     def __init__(self, width: int, state_size: int, generator: torch.Generator) -> None:
         """``width``: k; ``state_size``: n; ``generator``: draws the parameters, all of them."""

@@ -21,6 +21,8 @@ from fedsim.sequence.learner import Learner, Memory
 class MLP(Learner):
     """Memory: empty."""
 
+    gives_back = True
+
     def __init__(self, width: int, state_size: int, generator: torch.Generator) -> None:
         super().__init__(width, state_size, generator)
         self.W_down = nn.Parameter(torch.randn(width, state_size, generator=generator) / math.sqrt(width))

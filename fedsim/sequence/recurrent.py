@@ -34,6 +34,7 @@ from fedsim.sequence.learner import Learner, Memory
 class _Recurrent(Learner):
     """What LSTM and GRU share."""
 
+    gives_back = True
     cell_type: type[nn.RNNCellBase]
     parts: tuple[str, ...]  # names of the states, h among them
 

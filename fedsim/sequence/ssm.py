@@ -110,10 +110,12 @@ class SelectiveSSM(Learner):
     def remember(self, tokens: Tensor, before: Memory | None = None) -> Memory:
         """The state ``{"h": [S, k, n]}``; with the memory so far, only the new tokens are needed (streaming)."""
         A = -self.A_log.exp()
-        if torch.is_grad_enabled():  # in blocks of channels that are computed again on the way back
+        if torch.is_grad_enabled():  # where it does not fit: in blocks of channels, computed again on the way back
             directions = normalize(tokens, dim=-1)
             delta, keys = self.delta(directions), directions @ self.W_B
             start = None if before is None else before["h"]
+            if start is None and self._fits(tokens):
+                return {"h": (torch.exp(time_left(delta) * A) * delta * tokens).mT @ keys}
             A = A.expand(self.width, self.state_size)
             return {"h": final_state(tokens, delta, A, keys, start, budget_mib=self.budget_mib)}
 
@@ -178,4 +180,4 @@ def orthonormal(width: int, state_size: int, generator: torch.Generator) -> Tens
 
 
 def softplus_inverse(value: float) -> float:
-    return math.log(math.expm1(value))
+    return value + math.log(-math.expm1(-value))  # log(exp(value) - 1), which would overflow

@@ -1,13 +1,20 @@
 """pFedSeq by hand, and what must hold of its settings."""
 
 import json
+import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from by_hand import Federation, equal, make, played
+from torch.nn.functional import softplus
 
 from fedsim.algorithm import Cohort
 from fedsim.algorithms.pfedseq import _half, _next_of_same
+from fedsim.backend import LocalBackend
+from fedsim.env import Ragged
+from fedsim.plan import prepare
 from fedsim.server import Server
 from fedsim.simulation import resume, run
 
@@ -283,6 +290,85 @@ def test_held_out_samples_are_not_trained_on_and_cost_one_more_upload(tiny_confi
         assert 0 < moved <= 0.2 if share else moved == 0
     assert bytes_up[1] == 2 * bytes_up[0]
     assert losses[0] != losses[1]
+
+
+def held_out(tiny_config, sizes, block):
+    """What a block sends of held-out samples, and its contexts' gradient of all of them at once."""
+    plan = prepare(tiny_config("algorithm=pfedseq", "algorithm.held_out=0.5"))
+    data = plan.workload.data
+    train = Ragged.of([data.train[client][: sizes[client]] for client in range(data.num_clients)])
+    backend = LocalBackend(replace(plan.workload, data=replace(data, train=train)), plan.params)
+    w = plan.params.expand(len(block), -1)
+    rows = {"last": torch.zeros_like(w)}
+    context = partial(backend.simulator._context, 0, block, "train")
+    update, _ = backend.simulator.algorithm.local_update({"w": w}, rows, context())
+    _, held = context().split(0.5)
+    batches = list(held.batches(1, batch_size=100))
+    return update["gradient"], held.grad(w, batches[0]) if batches else None
+
+
+def test_the_held_out_gradient_is_that_of_the_mean_loss(tiny_config):
+    # Five and four samples held out, in batches of four: the fifth's batch is no equal of the first.
+    gradient, expected = held_out(tiny_config, [10, 8, 1] + [8] * 5, (0, 1))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert gradient.any(1).all()
+
+
+@pytest.mark.parametrize("block", [(2,), (2, 0), (2, 3)])
+def test_a_client_with_nothing_to_hold_out_teaches_nothing(tiny_config, block):
+    gradient, _ = held_out(tiny_config, [10, 8, 1, 1] + [8] * 4, block)
+    assert gradient.any(1).tolist() == [client == 0 for client in block]
+
+
+@pytest.mark.parametrize(("order", "tokens"), [("interleaved", 20.0), ("per_client", 2.5)])
+def test_the_half_life_is_in_rounds_of_the_sequence(tiny_config, order, tokens):
+    # 4 of 16 clients a round: a client's own tokens come every fourth.
+    settings = ["algorithm=pfedseq", f"algorithm.order={order}", "algorithm.half_life=5"]
+    plan = prepare(tiny_config(*settings, "env.num_clients=32", "cohort=4" if order == "interleaved" else "cohort=16"))
+    server = Server(plan.workload, plan.params).state
+    for learner in server["calibrator"].learners:
+        torch.testing.assert_close(softplus(learner.b), torch.full_like(learner.b, math.log(2) / tokens))
+
+
+def test_a_learner_that_gives_its_query_back_has_no_lesson_in_rebuilding_it():
+    for learner, lesson in (("mlp", False), ("lstm", False), ("transformer", False), ("ssm", True), ("ssd", True)):
+        federation = Federation(make("pfedseq", parts="row", learner=learner, state_size=2))
+        federation.play()
+        server = federation.server
+        assert bool(federation.algorithm._replay_loss(server, 1) > 0) is lesson  # nobody has a next token yet
+        server["history"].append(1, torch.tensor([0, 1]), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+        assert federation.algorithm._replay_loss(server, 1) > 0
+
+
+def test_what_is_replayed_of_sequences_of_their_own_is_bounded_too(monkeypatch):
+    federation = Federation(make("pfedseq", order="per_client", window=4, replay_tokens=4, state_size=2))
+    for _ in range(4):
+        federation.play()
+    asked = []
+    sequences = federation.server["history"].sequences
+
+    def counted(ids, longest):
+        asked.append(ids.tolist())
+        return sequences(ids, longest)
+
+    monkeypatch.setattr(federation.server["history"], "sequences", counted)
+    federation.algorithm._replay_loss(federation.server, 4)
+    assert asked == [[0]]  # the newest client's, four tokens of one; client 0 is last by norm
+
+
+def test_memory_by_hand():
+    d, mib = 2, 2**20
+    fixed = 4 * d * 10 * 64 + 4 * 64 * mib  # ten arrays of a state, four of a scan's budget
+    token = 64 + 32  # a row begins at a multiple of 64 bytes, and there is half as much room again
+    plain = 20 * token
+    assert make("pfedseq").memory_bytes() == plain + fixed  # window 10, two clients a round; read as it lies
+    assert make("pfedseq", learner="lstm").memory_bytes() == plain + fixed + 4 * d * 20
+    assert make("pfedseq", train="vjp").memory_bytes() == plain + fixed + 4 * 4 * d * 20
+    by_client = 4 * d * 64 * 2  # a state of each of two clients
+    assert make("pfedseq", order="per_client").memory_bytes() == plain + fixed + by_client
+    assert make("pfedseq", order="per_client", train="both").memory_bytes() == (
+        plain + fixed + 3 * by_client + 4 * 4 * d * 20
+    )
 
 
 def test_half_of_the_clients_ask_whatever_their_names_are():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from fedsim.sequence.attention import Transformer
 
@@ -36,6 +37,26 @@ def test_two_tokens_by_hand():
     older, newer = math.exp(-2 / 16), math.exp(-1 / 16)
     expected = 0.5 + 10 * (0.5 + (older - newer) / (1 + older + newer))
     torch.testing.assert_close(answer, expected, atol=0, rtol=1e-6)
+
+
+def test_attention_by_hand():
+    learner = Transformer(1, 2, torch.Generator())
+    with torch.no_grad():
+        learner.W_Q.zero_()  # scores are ages alone
+    tokens, query = torch.tensor([[[300.0], [-200.0]]]), torch.tensor([[[0.5], [7.0]]])
+    older, newer = math.exp(-2 / 16), math.exp(-1 / 16)
+    expected = torch.tensor([older, newer]) / (1 + older + newer)
+    torch.testing.assert_close(learner.attention(tokens, query), expected.expand(1, 2, 2))
+
+
+def test_attention_is_torchs():
+    """Against values that are the tokens' own names, what is found are the weights."""
+    learner, tokens, query = _learner(state_size=4), _tokens(3, 6, 6), _tokens(3, 2, 6, seed=2)
+    e = learner.remember(tokens)["e"]
+    q, key = learner._keys(query @ learner.W_down, e)
+    names = torch.eye(7).expand(3, 1, 7, 7)  # the zero token's first
+    found = scaled_dot_product_attention(q, key, names, learner._bias(torch.tensor([6, 6]), e))
+    torch.testing.assert_close(learner.attention(tokens, query), found[:, 0, :, 1:])
 
 
 def test_heads_share_the_state_evenly():

@@ -17,6 +17,12 @@ def test_last_is_the_query():
     assert torch.equal(learner.read(learner.remember(TOKENS), TOKENS[:, 2:]), TOKENS[:, 2:])
 
 
+def test_a_mean_is_of_all_tokens_alike():
+    mean = Mean(2, 1, torch.Generator())
+    assert torch.equal(mean.attention(torch.ones(3, 4, 2), torch.ones(3, 5, 2)), torch.full((3, 5, 4), 0.25))
+    assert mean.attention(torch.ones(3, 0, 2), torch.ones(3, 5, 2)).shape == (3, 5, 0)
+
+
 def test_mean_of_what_was_written_before():
     learner = Mean(2, 4, torch.Generator())
     assert learner(TOKENS, WRITTEN).tolist() == [[[0.0, 0.0], [1.0, 10.0], [1.0, 10.0], [2.0, 15.0]]]

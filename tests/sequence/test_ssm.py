@@ -67,6 +67,28 @@ def test_all_positions_of_the_dual_are_the_equations():
 
 
 @pytest.mark.parametrize("half_life", [8.0, 1e-2])
+def test_the_last_state_is_the_same_with_gradients_and_without_and_whatever_there_is_room_for(half_life):
+    tokens, found = _tokens(3, 20, 12), []
+    for budget in (None, 1e-6):
+        learner = _learner(half_life=half_life)
+        learner.budget_mib = budget
+        with torch.no_grad():
+            without = learner.remember(tokens)["h"]
+        h = learner.remember(tokens)["h"]
+        torch.testing.assert_close(h, without, rtol=1e-5, atol=1e-6)
+        h.square().sum().backward()
+        found.append([h.detach(), *(p.grad for p in learner.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 6  # W_C alone has no part in it
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_half_life_of_no_time_at_all():
+    assert ssm.softplus_inverse(math.log(2)) == pytest.approx(0, abs=1e-15)  # log(2 - 1)
+    assert ssm.softplus_inverse(7e3) == 7e3
+
+
+@pytest.mark.parametrize("half_life", [8.0, 1e-2])
 def test_the_scan_and_the_product_of_all_tokens_are_the_same(monkeypatch, half_life):
     """Without room for the product, or where a token fades at once, it is the scan."""
     tokens, found = _tokens(3, 20, 12), []
