@@ -1,6 +1,6 @@
 """What pFedSeq's server step costs beside the training that it follows, in the same rounds.
 
-    python benchmarks/learner.py [--cohort 10 100] [--rounds 5] [--out FILE]
+    python benchmarks/learner.py [--cohort 10 100] [--speed fp32] [--rounds 5] [--out FILE]
 
 ViT-Ti at 64 px, adapters of width 8 in the last three blocks and a head of 100 classes, so that d = 29,116; a client
 trains one epoch on 64 images in batches of 16; two simulators on Ray, blocks of 8 clients. The learner is the default
@@ -59,12 +59,13 @@ def seconds(cohort: int, speed: list[str], rounds: int) -> list[tuple[float, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cohort", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--speed", nargs="+", choices=SPEEDS, default=list(SPEEDS), help="of training")
     parser.add_argument("--rounds", type=int, default=5, help="counted, after those that fill the window")
     parser.add_argument("--out", type=Path, help="append each result as a JSON line")
     options = parser.parse_args()
     for cohort in options.cohort:
-        for name, speed in SPEEDS.items():
-            pairs = seconds(cohort, speed, options.rounds)
+        for name in options.speed:
+            pairs = seconds(cohort, SPEEDS[name], options.rounds)
             ratios = [server / train for train, server in pairs]
             row: dict[str, Any] = {
                 "benchmark": "learner", "cohort": cohort, "tokens": WINDOW * cohort, "speed": name,
