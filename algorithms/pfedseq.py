@@ -237,7 +237,7 @@ class PFedSeq(Algorithm):
             metrics = {
                 **trained,
                 **{f"mix_{b}": float(share) for b, share in enumerate(mix)},
-                **self._attention(server, cohort, held, tokens),
+                **self._attention(server, cohort, memory, held, tokens),
                 "calibration_norm": float(calibrations.norm(dim=1).mean()),
                 "residual_norm": float(residuals.norm(dim=1).mean()),
                 "learner_mib": _nbytes([*server["calibrator"].parameters(), moments, memory]) / 2**20,
@@ -247,14 +247,16 @@ class PFedSeq(Algorithm):
         changed = {"w": server["w"] + mean, "memory": memory, "mix": mix, "metrics": metrics, "seconds": seconds}
         return {**server, **changed}, new_rows
 
-    def _attention(self, server: ServerState, cohort: Cohort, held: Tensor, tokens: Tensor) -> dict[str, float]:
+    def _attention(
+        self, server: ServerState, cohort: Cohort, memory: Memories, held: Tensor, tokens: Tensor
+    ) -> dict[str, float]:
         """Shares of the cohort's own and of others' tokens in its answers, by age in rounds.
 
-        ``held``: all tokens of the history; ``tokens``: the cohort's.
+        ``memory``: after all tokens of the history, which are ``held``; ``tokens``: the cohort's.
         """
         if self.config.order == "per_client":
             return {}
-        history, shares = server["history"], server["calibrator"].attention(held, tokens)
+        history, shares = server["history"], server["calibrator"].attention(memory, held, tokens)
         if shares is None:
             return {}
         own, age = cohort.ids[:, None] == history.clients(), cohort.round - history.rounds()

@@ -60,9 +60,10 @@ def choose(dataset: str, only: Sequence[str], settings_of_all: Sequence[str], ou
         "eval.validation=0.2",
     ]
     candidates = {
-        "-".join([name, *map(str, values)]): (name, dict(zip(suite["algorithms"][name], map(str, values), strict=True)))
-        for name in only or suite["algorithms"]
-        for values in itertools.product(*suite["algorithms"][name].values())
+        "-".join([name, *map(str, values)]): (name, dict(zip(grid, map(str, values), strict=True)))
+        for name, grid in suite["algorithms"].items()
+        if not only or name in only
+        for values in itertools.product(*grid.values())
     }
     configs = {
         folder: configuration.load(data["config"], [*common, *tried, *variant(suite, name), *overrides(settings)])

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ def cached(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path
         DataError: the cache cannot be written.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    array_file, manifest = folder / f"{name}-{key}.npy", folder / f"{name}-{key}.json"
-    if _valid(array_file, manifest, about, verify):
-        return array_file
+    array_file = folder / f"{name}-{key}.npy"
+    facts = _facts(array_file)
+    with suppress(OSError):  # one that cannot be read is made anew
+        if facts.get("about") == about and (not verify or _sha256(array_file) == facts.get("sha256")):
+            return array_file
     with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(array_file) as temporary:
             write(temporary)
             shape = np.load(temporary, mmap_mode="r").shape
             facts = {"about": about, "shape": shape, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-        write_atomically(manifest, json.dumps(facts, indent=1))
+        write_atomically(_manifest(array_file), json.dumps(facts, indent=1))
     return array_file
 
 
@@ -56,13 +58,7 @@ def content(array_file: Path) -> str:
         DataError: it cannot be read.
     """
     try:
-        facts = json.loads(array_file.with_suffix(".json").read_text(encoding="utf-8"))
-        if facts["bytes"] == array_file.stat().st_size:
-            return str(facts["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        return _sha256(array_file)
+        return str(_facts(array_file).get("sha256") or _sha256(array_file))
     except OSError as error:
         raise DataError(f"{array_file}: cannot be read ({error})") from None
 
@@ -102,13 +98,17 @@ def _told(folder: Path) -> Iterator[None]:
         raise DataError(f"cache {str(folder)!r} cannot be written: {error}") from None
 
 
-def _valid(array_file: Path, manifest: Path, about: dict[str, Any], verify: bool) -> bool:
+def _manifest(array_file: Path) -> Path:
+    return array_file.with_suffix(".json")
+
+
+def _facts(array_file: Path) -> dict[str, Any]:
+    """What the manifest of an entry says; nothing where there is none, or where it is not of a file of this length."""
     try:
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-        whole = facts["about"] == about and array_file.stat().st_size == facts["bytes"]
-        return whole and (not verify or _sha256(array_file) == facts["sha256"])
+        facts: dict[str, Any] = json.loads(_manifest(array_file).read_text(encoding="utf-8"))
+        return facts if facts["bytes"] == array_file.stat().st_size else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {}
 
 
 def _sha256(path: Path) -> str:

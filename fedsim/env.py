@@ -46,6 +46,10 @@ class Ragged:
         """``[K] int64``, the lists' lengths."""
         return np.diff(self.offsets)
 
+    def sizes_of(self, lists: np.ndarray) -> np.ndarray:
+        """``[m] int64``, the lengths of these lists alone: what costs as much as they are, not as all are."""
+        return self.offsets[lists + 1] - self.offsets[lists]
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -53,8 +53,8 @@ class History(Journaled):
         self._window_rounds, self._per_client = rounds, per_client
         row, rows = _row_bytes(dim, dtype), _rows(capacity)  # in bytes, since numpy has no bfloat16
         stored = allocate((rows, row), np.dtype(np.uint8), on_disk=rows * row > budget_bytes)
-        self._rows = torch.from_numpy(stored).view(_DTYPES[dtype])
-        self._tokens = self._rows[:, :dim]
+        self._padded = torch.from_numpy(stored).view(_DTYPES[dtype])
+        self._tokens = self._padded[:, :dim]
         self.clear()
 
     @staticmethod
@@ -121,7 +121,7 @@ class History(Journaled):
         if end - start == len(places):
             return self._tokens[start:end].float()
         # Whole rows, which lie as those of the array do: so what is computed from them has the same bits.
-        return self._rows[places][:, : self.dim].float()
+        return self._padded[places][:, : self.dim].float()
 
     def clients(self) -> Tensor:
         """``[L] int64``, whose token each is; a copy."""

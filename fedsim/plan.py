@@ -69,12 +69,11 @@ class Plan:
 
     def longest(self, number: int) -> tuple[int, ...]:
         """So many of the clients that train, those with most samples."""
-        sizes = self.workload.data.train.sizes[self.trainable]
+        sizes = self.workload.data.train.sizes_of(self.trainable)
         return tuple(self.trainable[np.argsort(-sizes, kind="stable")[:number]].tolist())
 
     def blocks(self, clients: np.ndarray) -> list[tuple[int, ...]]:
-        config, starts = self.workload.config, self.workload.data.train.offsets
-        sizes = starts[clients + 1] - starts[clients]  # not those of the whole population, every round
+        config, sizes = self.workload.config, self.workload.data.train.sizes_of(clients)
         return cut_blocks(clients, sizes, config.local.batch_size, config.backend.block_size)
 
 

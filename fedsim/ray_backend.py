@@ -28,7 +28,6 @@ from fedsim import checkpoint
 from fedsim.actors import CentralActor, SimulatorActor, put_frozen
 from fedsim.backend import Backend, Block, own_peak_memory_mib
 from fedsim.config import BackendConfig
-from fedsim.env import Ragged
 from fedsim.errors import (
     CentralLostError,
     ClientError,
@@ -407,13 +406,9 @@ class RayBackend(Backend):
     def _steps(self, stage: str, block: Block) -> int:
         """Batches of the block's longest client, in a unit in which blocks of one stage compare."""
         config, data, ids = self._work.config, self._work.data, np.array(block)
-
-        def most(split: Ragged) -> int:
-            return int((split.offsets[ids + 1] - split.offsets[ids]).max())  # not of the whole population
-
-        steps = config.local.epochs * math.ceil(most(data.train) / config.local.batch_size)
+        steps = config.local.epochs * math.ceil(data.train.sizes_of(ids).max() / config.local.batch_size)
         if stage == "evaluate":
-            steps += math.ceil(most(data.test) / config.eval.batch_size)
+            steps += math.ceil(data.test.sizes_of(ids).max() / config.eval.batch_size)
         return max(1, steps)
 
     # The end -----------------------------------------------------------------------------------------------------

@@ -73,17 +73,18 @@ class Calibrator(nn.Module):
         answers = [_read(learner, memory, bank, each) for learner, memory, bank in banks]
         return self.parts.join([answer[..., : answer.shape[2] // self.views] for answer in answers])
 
-    def attention(self, arranged: Tensor, asking: Tensor) -> Tensor | None:
+    def attention(self, memories: Memories, arranged: Tensor, asking: Tensor) -> Tensor | None:
         """Shares of the tokens ``[L, views d]`` in the answers to ``[Q, views d]``: ``[Q, L]``, the mean over parts.
 
         A share is a weight's absolute value over the sum of all; ``None`` for learners that are no weighted sums. Of
         every bank a few parts stand for all: this is for people to look at, and must not cost what the answers cost.
-        Both are arranged.
+        Both are arranged; ``memories``: those of the tokens, in whose scale they are looked at.
         """
         shares: list[Tensor] = []
-        for learner, bank, asked in zip(self.learners, self._banks(arranged), self._banks(asking), strict=True):
+        banks = zip(self.learners, memories, self._banks(arranged), self._banks(asking), strict=True)
+        for learner, memory, bank, asked in banks:
             few = slice(None, None, -(-bank.shape[0] * bank.shape[2] // ELEMENTS_LOOKED_AT))
-            scale = torch.ones(()) if learner.of_any_size else _scale(bank).clamp(min=1e-12)
+            scale = memory["scale"].clamp(min=1e-12)
             weights = learner.attention(bank[few] / scale, asked[few] / scale)  # type: ignore[operator]
             if weights is None:
                 return None
