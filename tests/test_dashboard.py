@@ -134,11 +134,13 @@ def test_metrics_are_exported_by_run(watched):
     pool.pool(waiting=3, living=2)
     for seconds in (0.07, 0.3, 0.4):
         pool.block("check", seconds)
-    found = eventually(
-        metrics, lambda found: ("watched", "check", "+Inf") in found.get("ray_fedsim_block_seconds_bucket", {})
-    )
-
     run = ("watched",)
+
+    def both_told(found: dict[str, dict[tuple[str, ...], float]]) -> bool:  # Ray exports each metric in its own time
+        blocks = found.get("ray_fedsim_block_seconds_bucket", {}).get(("watched", "check", "+Inf"))
+        return (found.get("ray_fedsim_queue_length"), blocks) == ({run: 3.0}, 3.0)
+
+    found = eventually(metrics, both_told)
     assert {found[name][run] for name in ("ray_fedsim_round", "ray_fedsim_rounds")} == {2.0}
     assert found["ray_fedsim_loss"] == {run: watched["loss"]}
     assert found["ray_fedsim_updates_per_second"] == {run: watched["updates_per_second"]}
