@@ -12,7 +12,7 @@ import ray
 import torch
 
 from fedsim.algorithm import State
-from fedsim.backend import Block, memory_told, own_peak_memory_mib
+from fedsim.backend import Block, keep_freed_memory, memory_told, own_peak_memory_mib
 from fedsim.errors import FedsimError
 from fedsim.models.vit import as_tensors, checksum
 from fedsim.server import Server
@@ -74,6 +74,7 @@ class SimulatorActor:
 
     def __init__(self, workload: Workload, frozen: Arrays, number: int, gpu_fraction: float) -> None:
         torch.set_num_threads(workload.config.backend.threads)
+        keep_freed_memory()
         self.number = number
         if gpu_fraction:
             # `num_gpus` is bookkeeping; this is a soft cap, so that neighbours on the card cannot starve each other.

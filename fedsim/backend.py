@@ -6,6 +6,7 @@ not depend on which of them ran, on the number of simulators, or on which of tho
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from abc import ABC, abstractmethod
@@ -234,6 +235,19 @@ def own_peak_memory_mib() -> float:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def keep_freed_memory() -> None:
+    """What this process frees, it keeps for its next use; where the allocator is not glibc's, nothing changes.
+
+    A block frees and takes the same activations at every step. glibc gives pieces back to the kernel that are larger
+    than any freed before, and at each return the kernel fills them with zeros (``docs/performance.md``).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mmap_threshold, trim_threshold, gib, most_of_old_glibc = -3, -1, 1 << 30, 32 << 20  # malloc.h
+        _ = mallopt(mmap_threshold, gib) or mallopt(mmap_threshold, most_of_old_glibc)
+        mallopt(trim_threshold, gib)
 
 
 def make_backend(workload: Workload, params: Tensor, folder: str) -> Backend:

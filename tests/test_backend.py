@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -41,3 +45,23 @@ def test_any_other_error_is_told_as_it_is():
 def test_torchs_allocator_still_says_so():
     with pytest.raises(DeviceMemoryError, match="can't allocate memory"), memory_told((3,)):
         torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_was_freed_is_taken_again_without_new_pages(kept):
+    code = f"""
+import resource, torch
+from fedsim.backend import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+seen = []
+for _ in range(13):
+    torch.ones(48 << 18)  # 48 MiB of float32: more than what glibc keeps by itself
+    seen.append(faults())
+print(seen[-1] - seen[2])  # the first take memory for the first time
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    pages = 10 * (48 << 20) // resource.getpagesize()
+    assert int(told) < pages / 100 if kept else int(told) > pages / 100
