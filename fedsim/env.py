@@ -68,7 +68,7 @@ class FederatedData:
         train: per client, indices of its training images.
         test: per client, indices of its test images: the client's own distribution, disjoint from its training images.
         about: JSON-serialisable facts for the run folder (source, counts, partition).
-        token_file: the images after the frozen prefix of the backbone, ``[N, T, k]`` (``fedsim/models/prefix.py``).
+        token_file: the images after the frozen prefix of the backbone, ``[N, P, T, k]`` (``fedsim/models/prefix.py``).
     """
 
     image_file: Path

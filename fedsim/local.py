@@ -31,7 +31,7 @@ class Batch:
     """One step's samples of the first m clients of a block.
 
     Attributes:
-        inputs: images ``[m, b, 3, px, px] uint8``; with a cached prefix, their tokens ``[m, b, T, k]``.
+        inputs: images ``[m, b, 3, px, px] uint8``; with a cached prefix, their tokens ``[m, b, P, T, k]``.
         labels: ``[m, b] int64``.
         mask: ``[m, b] float32``, 0 on padding.
         left: places below m ``[k] int64`` of clients that have left all the same: all padding. Only where a block is

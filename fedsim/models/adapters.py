@@ -93,15 +93,18 @@ class SequentialMlp(nn.Module):
         self.mlp, self.adapter = mlp, adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.mlp(x)
+        return self.adapted(x, self.mlp(x))
+
+    def adapted(self, x: Tensor, h: Tensor) -> Tensor:
+        """What comes out, from what goes in and what the frozen MLP makes of it."""
         return h + self.adapter(h)
 
 
 class ParallelMlp(SequentialMlp):
     """A block's MLP with a bottleneck beside it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x) + self.adapter(x)
+    def adapted(self, x: Tensor, h: Tensor) -> Tensor:
+        return h + self.adapter(x)
 
 
 class LowRank(ClientModule):

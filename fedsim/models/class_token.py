@@ -23,17 +23,22 @@ with without_compiler():
     from timm.models.vision_transformer import Attention, Block
 
 
-def pools_the_class_token(backbone: Any, last: nn.Module) -> bool:
+def is_pooled_alone(backbone: Any, last: nn.Module) -> bool:
     """Whether the features are the class token's, and the last block is timm's ordinary one."""
     return type(last) is Block and backbone.global_pool == "token" and backbone.attn_pool is None
 
 
 def of_last_block(block: Any, x: Tensor) -> Tensor:
     """The class token after the block: tokens ``[N, T, k]`` to ``[N, 1, k]``, that of ``block(x)``."""
+    x = after_attention(block, x)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def after_attention(block: Any, x: Tensor) -> Tensor:
+    """The class token after the block's attention: tokens ``[N, T, k]`` to ``[N, 1, k]``."""
     y = block.norm1(x)
     attended = _attended(block.attn, y) if _folds(block.attn) else block.attn(y)[:, :1]
-    x = x[:, :1] + block.drop_path1(block.ls1(attended))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x[:, :1] + block.drop_path1(block.ls1(attended))
 
 
 def _folds(attn: Any) -> bool:

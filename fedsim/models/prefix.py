@@ -1,6 +1,7 @@
-"""The cached prefix: what enters the first block with an adapter, computed once for every image of an env.
+"""The cached prefix: what the backbone makes of an image before the first adapter, computed once for every image.
 
-Below the lowest adapter a frozen backbone gives all clients the same tokens, in every epoch of every round. They are
+A frozen backbone gives all clients the same there, in every epoch of every round: the tokens that enter the first block
+with an adapter, or with a bottleneck at its MLP its tokens and the MLP's output (``AdaptedVit.embed``). They are
 computed when the run is prepared and kept in one file that all processes of a node map into memory, keyed by the
 values of backbone and images, the input's size, the number type and what computed them. Nothing here is random: fedsim
 does not augment.
@@ -23,11 +24,11 @@ from fedsim.models.vit import VitModel, as_tensors
 from fedsim.threads import side_by_side
 
 _CHUNK = 32  # images at a time, of each thread: fixed, so that the values do not depend on the number of threads
-_RECIPE = 2  # raise it with what changes the tokens' last digits
+_RECIPE = 3  # raise it with what changes the tokens' last digits
 
 
 def token_file(config: ModelConfig, model: VitModel, weights: str, data: FederatedData, folder: Path) -> Path:
-    """The file of all images' tokens ``[N, T, k]``, from the cache or made now.
+    """The file of all images' tokens ``[N, P, T, k]``, from the cache or made now.
 
     Args:
         config: the backbone's settings.
@@ -73,6 +74,7 @@ def token_file(config: ModelConfig, model: VitModel, weights: str, data: Federat
         "model": settings,
         "weights": weights,
         "blocks": model.module.prefix,
+        "mlp": model.module.opens_at_mlp,
         "images": content(data.image_file),
     }
     return cached(folder, f"prefix-{data.image_file.name.split('-')[0]}", about, write)

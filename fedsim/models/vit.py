@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError, nearest
 from fedsim.layout import Layout
-from fedsim.models.adapters import ClientModule, Head, attach
-from fedsim.models.class_token import of_last_block, pools_the_class_token
+from fedsim.models import class_token
+from fedsim.models.adapters import ClientModule, Head, SequentialMlp, attach
 from fedsim.models.frozen import freeze, unpacked
 from fedsim.models.lean import without_compiler
 
 with without_compiler():
     import timm
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
 EXTRA = ("adapter.personal", "head.personal")
 """Groups that an algorithm may add to the row (``Algorithm.extra``)."""
@@ -82,22 +82,44 @@ class AdaptedVit(nn.Module):
                 yield f"{prefix}.{name}", group, parameter
 
     def embed(self, images: Tensor) -> Tensor:
-        """``[N, 3, s, s]`` to what enters the first block with an adapter: tokens ``[N, T, k]``."""
+        """``[N, 3, s, s]`` to what no adapter has changed, ``[N, P, T, k]``: the tokens before the first of them.
+
+        P is 2 where the first block with an adapter is timm's ordinary one, and has it at its MLP: the tokens after the
+        block's attention, and what the frozen MLP makes of them. If no other block follows and only the class token is
+        pooled, it is the only one (T = 1). Else P is 1: the tokens that enter that block.
+        """
         tokens = self.backbone.patch_embed(images)
         tokens = self.backbone.norm_pre(self.backbone.patch_drop(self.backbone._pos_embed(tokens)))
-        return self.backbone.blocks[: self.prefix](tokens)
+        tokens = self.backbone.blocks[: self.prefix](tokens)
+        if not self.opens_at_mlp:
+            return tokens[:, None]
+        first, *more = self.backbone.blocks[self.prefix :]
+        if not more and class_token.is_pooled_alone(self.backbone, first):
+            tokens = class_token.after_attention(first, tokens)
+        else:
+            tokens = tokens + first.drop_path1(first.ls1(first.attn(first.norm1(tokens))))
+        return torch.stack([tokens, first.mlp.mlp(first.norm2(tokens))], 1)
 
-    def forward(self, tokens: Tensor, pooled: bool) -> Tensor:
-        """Tokens ``[C, b, T, k]`` to features ``[C, b, k]`` (``pooled``) or logits ``[C, b, classes]``."""
-        last = self.backbone.norm(self._blocks(tokens.flatten(0, 1)))
-        features = self.backbone.forward_head(last, pre_logits=True).unflatten(0, tokens.shape[:2])
+    def forward(self, embedded: Tensor, pooled: bool) -> Tensor:
+        """``embed``'s ``[C, b, P, T, k]`` to features ``[C, b, k]`` (``pooled``) or logits ``[C, b, classes]``."""
+        last = self.backbone.norm(self._blocks(embedded.flatten(0, 1)))
+        features = self.backbone.forward_head(last, pre_logits=True).unflatten(0, embedded.shape[:2])
         return features if pooled else self.head(features)
 
-    def _blocks(self, tokens: Tensor) -> Tensor:
-        """``[N, T, k]`` through the blocks with adapters: all tokens, or only the class's where no other is pooled."""
-        blocks = self.backbone.blocks[self.prefix :]
-        if len(blocks) and pools_the_class_token(self.backbone, blocks[-1]):
-            return of_last_block(blocks[-1], blocks[:-1](tokens))
+    @property
+    def opens_at_mlp(self) -> bool:
+        """Whether the first block with an adapter is the same for all clients up to its MLP's output."""
+        first = self.backbone.blocks[self.prefix : self.prefix + 1]
+        return any(type(block) is Block and isinstance(block.mlp, SequentialMlp) for block in first)
+
+    def _blocks(self, embedded: Tensor) -> Tensor:
+        """``[N, P, T, k]`` through the blocks with adapters: all tokens, or only the class's if no other is pooled."""
+        blocks, tokens = self.backbone.blocks[self.prefix :], embedded[:, 0]
+        if self.opens_at_mlp:
+            first, blocks = blocks[0], blocks[1:]
+            tokens = tokens + first.drop_path2(first.ls2(first.mlp.adapted(first.norm2(tokens), embedded[:, 1])))
+        if len(blocks) and class_token.is_pooled_alone(self.backbone, blocks[-1]):
+            return class_token.of_last_block(blocks[-1], blocks[:-1](tokens))
         return blocks(tokens)
 
 
@@ -172,15 +194,15 @@ class VitModel:
         return torch.baddbmm(views[f"{group}.bias"].unsqueeze(1), features, views[f"{group}.weight"])
 
     def embed(self, images: Tensor) -> Tensor:
-        """The frozen prefix: ``[..., 3, px, px] uint8`` to tokens ``[..., T, k]``, the same for every client."""
+        """The frozen prefix: ``[..., 3, px, px] uint8`` to ``[..., P, T, k]``, the same for every client."""
         # No gradient is wanted below the lowest adapter.
         with torch.no_grad(), self._autocast():
             return self.module.embed(self.pixels(images).flatten(0, -4)).unflatten(0, images.shape[:-3])
 
     def _forward(self, rows: Tensor, inputs: Tensor, pooled: bool) -> Tensor:
-        tokens = self.embed(inputs) if inputs.dtype == torch.uint8 else inputs.to(self.device).float()
+        embedded = self.embed(inputs) if inputs.dtype == torch.uint8 else inputs.to(self.device).float()
         with self._autocast():
-            return functional_call(self.module, self.layout.views(rows), (tokens, pooled)).float()
+            return functional_call(self.module, self.layout.views(rows), (embedded, pooled)).float()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

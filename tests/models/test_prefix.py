@@ -23,14 +23,22 @@ Tiny = Callable[..., Config]
 TWO_OF_THREE = ("model.options={patch_size: 8, depth: 3}", "adapter.blocks=last:2")
 
 
-def test_tokens_in_the_file_are_those_of_the_first_block(tiny_config: Tiny) -> None:
-    plan = prepare(tiny_config(*TWO_OF_THREE, "model.cached_prefix=fp32"))
+@pytest.mark.parametrize("kind", ["sequential", "lora"])
+def test_what_is_in_the_file_is_what_no_adapter_has_changed(tiny_config: Tiny, kind: str) -> None:
+    plan = prepare(tiny_config(*TWO_OF_THREE, "model.cached_prefix=fp32", f"adapter={kind}"))
     data, config = plan.workload.data, plan.workload.config
     model = VitModel(config.model, config.adapter, len(data.classes), plan.workload.frozen)
     backbone = model.module.backbone
     pixels = model.pixels(torch.from_numpy(data.images[5:9].copy()))
-    by_hand = backbone.blocks[0](backbone._pos_embed(backbone.patch_embed(pixels)))
-    assert data.inputs.shape == (len(data.images), 5, 64) and data.inputs.dtype == np.float32
+    first, second, _ = backbone.blocks
+    tokens = first(backbone._pos_embed(backbone.patch_embed(pixels)))
+    if kind == "lora":  # it has a part in the second block's attention
+        by_hand = tokens[:, None]
+    else:
+        attended = tokens + second.ls1(second.attn(second.norm1(tokens)))
+        by_hand = torch.stack([attended, second.mlp.mlp(second.norm2(attended))], 1)
+    assert data.inputs.shape == (len(data.images), 1 if kind == "lora" else 2, 5, 64)
+    assert data.inputs.dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(data.inputs[5:9].copy()), by_hand, rtol=1e-5, atol=1e-6)
 
 
@@ -83,10 +91,11 @@ def test_other_weights_or_types_have_another_file(tiny_config: Tiny) -> None:
             ("model.cached_prefix=fp32",),
             ("model.cached_prefix=fp16",),
             ("model.cached_prefix=fp16", "adapter.blocks=last:1"),
+            ("model.cached_prefix=fp16", "adapter=lora"),
             ("model.cached_prefix=fp16", "seed=5"),  # random weights are a function of the seed; so are the images
         )
     }
-    assert len(files) == 4
+    assert len(files) == 5
 
 
 def test_the_file_is_that_of_the_images_themselves(tiny_plan: Plan, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedsim.config import AdapterConfig, ModelConfig
 from fedsim.errors import ConfigError, WeightsError
 from fedsim.local import LocalContext
 from fedsim.models.adapters import OUTPUTS
-from fedsim.models.class_token import pools_the_class_token
+from fedsim.models.class_token import is_pooled_alone
 from fedsim.models.frozen import freeze, halved
 from fedsim.models.vit import (
     AdaptedVit,
@@ -161,8 +161,8 @@ def test_the_last_mlp_sees_only_what_is_pooled(
         model = VitModel(config, adapters(kind, "last:1" if kind == "none" else "last:2"), CLASSES)
     rows, images, seen, found = random_rows(model, 2), random_images(2, 3), [], []
     model.module.backbone.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
-    for pools in (pools_the_class_token, lambda backbone, last: False):
-        monkeypatch.setattr("fedsim.models.vit.pools_the_class_token", pools)
+    for pools in (is_pooled_alone, lambda backbone, last: False):
+        monkeypatch.setattr("fedsim.models.class_token.is_pooled_alone", pools)
         own = rows.clone().requires_grad_()
         features = model.features(own, images)
         gradient = torch.autograd.grad(model.logits(own, images).logsumexp(-1).sum(), own)[0]
@@ -173,6 +173,36 @@ def test_the_last_mlp_sees_only_what_is_pooled(
     assert tokens > 1
     if kind != "none":  # without adapters no block has any: all are in the prefix
         assert seen == [1 if class_token else tokens] * 2 + [tokens] * 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("blocks", ["last:1", "last:2", "all"])
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize(("options", "class_token"), POOLED)
+def test_the_first_block_is_opened_at_its_mlp(
+    monkeypatch, kind: str, blocks: str, options: dict[str, Any], class_token: bool, precision: str
+) -> None:
+    """Its attention and its MLP have no part in what a client trains; features and gradients are those of the block."""
+    config = replace(MODEL, options=MODEL.options | options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VitModel(config, adapters(kind, blocks), CLASSES, precision=precision)
+    rows, images, found = random_rows(model, 2), random_images(2, 3), []
+    tokens = 4 + model.module.backbone.num_prefix_tokens
+    bottleneck = kind in ("sequential", "parallel")
+    for opened in (bottleneck, False):
+        if not opened:
+            monkeypatch.setattr(AdaptedVit, "opens_at_mlp", False)
+        own = rows.clone().requires_grad_()
+        embedded = model.embed(images)
+        parts = 2 if opened else 1
+        assert embedded.shape == (2, 3, parts, 1 if opened and class_token and blocks == "last:1" else tokens, 64)
+        logits = model.logits(own, embedded)
+        assert torch.equal(logits, model.logits(own, images))
+        found.append((logits.detach(), torch.autograd.grad(logits.logsumexp(-1).sum(), own)[0]))
+    tolerance = {"fp32": 1e-5, "bf16": 5e-2}[precision]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
 def test_logits_are_the_head_on_the_features(frozen: dict[str, np.ndarray]) -> None:
