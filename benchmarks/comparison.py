@@ -27,7 +27,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ import yaml
 from fedsim import config as configuration
 from fedsim import simulation as engine
 from fedsim.config import Config
+from fedsim.errors import nearest
 from fedsim.grid import SWEEPS, Settings, overrides, plan
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +52,7 @@ def choose(dataset: str, only: Sequence[str], settings_of_all: Sequence[str], ou
     Of the algorithms that are not tried, the sweep keeps what was chosen before.
     """
     suite = yaml.safe_load((HERE / "comparison.yaml").read_text(encoding="utf-8"))
+    refuse_unknown(only, suite["algorithms"])
     data = suite["datasets"][dataset]
     common = [*suite["settings"], *data.get("settings", ())]
     tried = [
@@ -90,6 +92,13 @@ def choose(dataset: str, only: Sequence[str], settings_of_all: Sequence[str], ou
     sweep.write_text(text, encoding="utf-8")
     for name, (accuracy, settings) in sorted(best.items(), key=lambda item: -item[1][0]):
         print(f"| `{name}` | {accuracy:.3f} | {', '.join(overrides(settings))} |")
+
+
+def refuse_unknown(only: Sequence[str], known: Collection[str]) -> None:
+    """Ends with one line where `--only` names what there is not."""
+    for name in only:
+        if name not in known:
+            raise SystemExit(f"--only: unknown algorithm {name!r}{nearest(name, known)}")
 
 
 def variant(suite: Mapping[str, Any], name: str) -> list[str]:
@@ -191,11 +200,10 @@ def main(arguments: list[str]) -> None:
         choose(given.what, only, given.settings, given.out, given.jobs)
     elif given.task == "run":
         configs = plan(given.what, given.settings)[1]
-        run_all(
-            {name: config for name, config in configs.items() if not only or name.partition("-seed=")[0] in only},
-            given.out,
-            given.jobs,
-        )
+        algorithm = {name: name.partition("-seed=")[0] for name in configs}
+        refuse_unknown(only, set(algorithm.values()))
+        kept = {name: config for name, config in configs.items() if not only or algorithm[name] in only}
+        run_all(kept, given.out, given.jobs)
     else:
         table(Path(given.what), *map(Path, given.settings))
 
