@@ -45,7 +45,7 @@ class ModelConfig:
     std: float | None = setting(None, "its standard deviation; default: the weights' own", low=1e-6)
     cached_prefix: str = setting(
         "off",
-        "with adapters in the last blocks only: compute the tokens below them once, and keep them on disk in this type",
+        "with adapters in the last blocks only: compute what lies before them once, and keep it on disk in this type",
         choices=("off", "fp16", "fp32"),
     )
 
