@@ -14,11 +14,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad, softplus
+from torch.nn.functional import normalize, pad
 
 from fedsim.sequence.dual import dual_final_state, dual_scan
 from fedsim.sequence.learner import Learner, Memory
-from fedsim.sequence.ssm import orthonormal, softplus_inverse
+from fedsim.sequence.ssm import orthonormal, softplus, softplus_inverse
 from fedsim.sequence.torch_scan import time_left
 
 

@@ -29,10 +29,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad, softplus
+from torch.nn.functional import normalize, pad
 
 from fedsim.sequence.learner import Learner, Memory
 from fedsim.sequence.scan import final_state, selective_scan
@@ -41,6 +42,7 @@ from fedsim.threads import side_by_side
 
 CACHED_ELEMENTS = 2**18  # of one temporary array, of about five
 MOST_FADING = 40.0  # log-decay over all tokens that is still divided by: exp(40) is far from float32's largest
+STRAIGHT = 20.0  # from here on softplus(x) is taken for x, as in torch's: exp(-20) is 2e-9
 SHORTEST = 1e-12  # of a token's length, as in torch's `normalize`
 SAMPLED_CHANNELS = 64  # at least, for the mean fading of a token that `attention` tells
 
@@ -177,6 +179,29 @@ def orthonormal(width: int, state_size: int, generator: torch.Generator) -> Tens
     drawn = torch.randn(max(width, state_size), min(width, state_size), generator=generator)
     columns = torch.linalg.qr(drawn).Q * math.sqrt(max(1.0, width / state_size))
     return (columns if width >= state_size else columns.t()).contiguous()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``, to the last digit or two: a fifth of the time of torch's on a CPU, whose log1p is slow."""
+    return _Softplus.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        t = x.clamp(max=STRAIGHT).exp_()
+        u = t + 1
+        lost = t.sub_(u - 1).div_(u)  # of t in u, relative to u: the first term of the logarithm's error
+        return u.log_().add_(lost).add_((x - STRAIGHT).clamp_(min=0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * torch.sigmoid(x)  # type: ignore[no-any-return]
 
 
 def softplus_inverse(value: float) -> float:
