@@ -173,18 +173,16 @@ class PFedSeq(Algorithm):
 
     def _calibrations(self, server: ServerState, memory: Memories, ids: Tensor, rows: State) -> Tensor:
         """``c_i [C, d]``."""
-        change = self._change(server, memory, ids, rows)
-        mix = server["calibrator"].parts.spread(server["mix"])
-        return self.config.gain * (rows["last"] + mix * change) * self._mask
+        answers, mix = self._answers(server, memory, ids, rows), server["calibrator"].parts.spread(server["mix"])
+        return torch.lerp(rows["last"], answers, mix) * (self.config.gain * self._mask)
 
-    def _change(self, server: ServerState, memory: Memories, ids: Tensor, rows: State) -> Tensor:
-        """``|r_i| y_i / |y_i| - r_i [C, d]``: from a client's own last residual to what the memory makes of it."""
+    def _answers(self, server: ServerState, memory: Memories, ids: Tensor, rows: State) -> Tensor:
+        """``|r_i| y_i / |y_i| [C, d]``: what the memory makes of a client's own last residual, at its length."""
         calibrator, last = server["calibrator"], rows["last"]
         each = self.config.order == "per_client"
         if each:
             memory = calibrator.remember_each(server["history"].sequences(ids, self._longest)[0])
-        answers = calibrator.answers(memory, self._tokens(last, rows.get("update")), each)
-        return calibrator.rescaled(answers, last) - last
+        return calibrator.answers(memory, self._tokens(last, rows.get("update")), each, like=last)
 
     def _tokens(self, residual: Tensor, update: Tensor | None) -> Tensor:
         """Tokens, or queries: residuals, updates, or both side by side (``[C, 2 d]``)."""
@@ -220,22 +218,23 @@ class PFedSeq(Algorithm):
         with torch.no_grad():  # before the learner's step: what the clients were sent
             calibrations = self._calibrations(server, server["memory"], cohort.ids, rows)
             mix = self._taught_mix(server, cohort, update["gradient"], rows) if self.config.held_out else server["mix"]
-        trained = self._train(server, cohort, delta, rows)
+        losses = self._train(server, cohort, delta, rows)
         with torch.no_grad():
-            mean = cohort.mean(calibrations + delta)
-            residuals = calibrations + delta - mean
+            trained = calibrations + delta  # v_i - w
+            mean = cohort.mean(trained)
+            residuals = trained - mean
             new_rows = {"last": residuals} if self.config.tokens == "residual" else {"last": residuals, "update": delta}
             # Within a round there is no time: by norm, not by id, so that renaming the clients changes nothing.
             order = residuals.norm(dim=1).argsort()
             tokens = server["calibrator"].arranged(self._tokens(residuals, new_rows.get("update")))
-            new = tokens[order]
+            new = tokens.index_select(0, order)
             server["history"].append(cohort.round, cohort.ids[order], new)
             held = server["history"].tokens()
             memory = self._remember(server, held, new)
             seconds = {"learner": time.perf_counter() - start}
             moments = server["optimizer"].state if "optimizer" in server else {}
             metrics = {
-                **trained,
+                **losses,
                 **{f"mix_{b}": float(share) for b, share in enumerate(mix)},
                 **self._attention(server, cohort, memory, held, tokens),
                 "calibration_norm": float(calibrations.norm(dim=1).mean()),
@@ -278,10 +277,11 @@ class PFedSeq(Algorithm):
     def _taught_mix(self, server: ServerState, cohort: Cohort, gradient: Tensor, rows: State) -> Tensor:
         """The mix ``[B]`` of every bank of parts, a step against the gradient of the samples that were held out.
 
-        The slope of client i's held-out loss is ``<change_i, g_i>``. The step is ``mix_step`` times the mean slope over
-        its standard error, and not more than that: small where clients disagree.
+        The slope of client i's held-out loss is ``<answer_i - r_i, g_i>``. The step is ``mix_step`` times the mean
+        slope over its standard error, and not more than that: small where clients disagree.
         """
-        change, parts = self._change(server, server["memory"], cohort.ids, rows), server["calibrator"].parts
+        parts = server["calibrator"].parts
+        change = self._answers(server, server["memory"], cohort.ids, rows) - rows["last"]
         direction = torch.nn.functional.normalize(gradient, dim=1)
         pairs = zip(parts.split(change), parts.split(direction), strict=True)
         slopes = torch.stack([(a * g).sum((0, 2)) for a, g in pairs])

@@ -87,7 +87,7 @@ class History(Journaled):
         old, new = kept[kept < held], kept[kept >= held] - held
         self._make_room(old, len(new))
         end = self._end + len(new)
-        self._tokens[self._end : end] = tokens.detach()[new].to(self._tokens)
+        self._tokens[self._end : end] = tokens.detach().index_select(0, new).to(self._tokens)
         self._places, self._end = torch.cat([self._places, torch.arange(self._end, end)]), end
         self._clients, self._rounds = clients[kept], rounds[kept]
         self._unsaved = int((kept >= held - self._unsaved).sum())

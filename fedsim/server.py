@@ -100,7 +100,7 @@ class Server:
         found = torch.zeros(len(ids), dtype=torch.bool)
         for kind, state in states.items():
             for name, value in state.items():
-                bad = ~value[:, None].isfinite().flatten(1).all(1)
+                bad = _not_finite(value[:, None].flatten(1))
                 if bad.any() and not self._skips:
                     told = f"{kind} {name!r} is not finite: lower local.lr, look at the data, or set nonfinite=skip"
                     raise ClientError("train", round, ids[bad].tolist(), told)
@@ -173,7 +173,14 @@ def _stack(round: int, blocks: list[tuple[int, ...]], kind: str, states: list[St
         if _shapes(state) != expected:
             told = f"{kind} of shapes {_shapes(state)} a client, where another block's are {expected}"
             raise ClientError("train", round, list(ids), told)
-    return {name: torch.cat([state[name] for state in states])[order] for name in states[0]}
+    return {name: torch.cat([state[name] for state in states]).index_select(0, order) for name in states[0]}
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    """Which rows of ``[C, ...]`` have a NaN or an infinite number, ``[C] bool``: a finite sum has neither in it."""
+    if values.sum(1).isfinite().all():
+        return torch.zeros(len(values), dtype=torch.bool)
+    return ~values.isfinite().all(1)
 
 
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from fedsim.sequence.parts import Parts
 Memories = list[dict[str, Any]]
 """For each bank, its ``"memory"``, and the ``"scale"`` by which its tokens were divided, if the learner wants that."""
 
+SHORTEST = 1e-12  # of an answer's length; what is shorter says nothing
 ELEMENTS_LOOKED_AT = 2**11  # of a token, in each bank
 
 
@@ -64,14 +65,20 @@ class Calibrator(nn.Module):
         banks = [bank.unflatten(1, arranged.shape[:2]) for bank in self._banks(arranged.flatten(0, 1))]  # [G, C, K, k]
         return [_remember_each(learner, bank) for learner, bank in zip(self.learners, banks, strict=True)]
 
-    def answers(self, memories: Memories, query: Tensor, each: bool = False) -> Tensor:
+    def answers(self, memories: Memories, query: Tensor, each: bool = False, like: Tensor | None = None) -> Tensor:
         """What the memories answer to queries ``[Q, views d]``: ``[Q, d]``, of the tokens' first rows.
 
-        Neither is arranged. ``each``: the memories are those of ``remember_each``, one query a client.
+        Nothing here is arranged. ``each``: the memories are those of ``remember_each``, one query a client. ``like
+        [Q, d]``: every part of an answer is made as long as that of it, and is that of it where there is no answer.
         """
-        banks = zip(self.learners, memories, self._banks(self.arranged(query)), strict=True)
+        asked = self._banks(self.arranged(query))
+        banks = zip(self.learners, memories, asked, strict=True)
         answers = [_read(learner, memory, bank, each) for learner, memory, bank in banks]
-        return self.parts.join([answer[..., : answer.shape[2] // self.views] for answer in answers])
+        answers = [answer[..., : answer.shape[2] // self.views] for answer in answers]
+        if like is not None:
+            lengths = asked if like is query else self.parts.split(like)
+            answers = [_rescaled(answer, own) for answer, own in zip(answers, lengths, strict=True)]
+        return self.parts.join(answers)
 
     def attention(self, memories: Memories, arranged: Tensor, asking: Tensor) -> Tensor | None:
         """Shares of the tokens ``[L, views d]`` in the answers to ``[Q, views d]``: ``[Q, L]``, the mean over parts.
@@ -84,17 +91,15 @@ class Calibrator(nn.Module):
         banks = zip(self.learners, memories, self._banks(arranged), self._banks(asking), strict=True)
         for learner, memory, bank, asked in banks:
             few = slice(None, None, -(-bank.shape[0] * bank.shape[2] // ELEMENTS_LOOKED_AT))
-            scale = memory["scale"].clamp(min=1e-12)
-            weights = learner.attention(bank[few] / scale, asked[few] / scale)  # type: ignore[operator]
+            bank, asked = bank[few], asked[few]
+            if not learner.of_any_size:
+                scale = memory["scale"].clamp(min=1e-12)
+                bank, asked = bank / scale, asked / scale
+            weights = learner.attention(bank, asked)  # type: ignore[operator]
             if weights is None:
                 return None
             shares.append(normalize(weights.abs(), p=1, dim=2))
         return torch.cat(shares).mean(0)
-
-    def rescaled(self, answers: Tensor, like: Tensor) -> Tensor:
-        """Answers ``[Q, d]``, every part as long as that of ``like``; where there is none, ``like`` itself."""
-        banks = zip(self.parts.split(answers), self.parts.split(like), strict=True)
-        return self.parts.join([torch.where(a.any(2, True), normalize(a, dim=2) * _norm(b), b) for a, b in banks])
 
     def replay_loss(
         self,
@@ -150,6 +155,8 @@ def _remember_each(learner: nn.Module, tokens: Tensor) -> dict[str, Any]:
 
 def _read(learner: nn.Module, bank: dict[str, Any], query: Tensor, each: bool) -> Tensor:
     """Answers ``[G, Q, k]`` from the memories of G parts, or (``each``) from those of the G parts of Q clients."""
+    if learner.of_any_size and not each:
+        return learner.read(bank["memory"], query)  # type: ignore[no-any-return, operator]
     scaled = query / bank["scale"].clamp(min=1e-12)
     answers = learner.read(bank["memory"], scaled.flatten(0, 1)[:, None] if each else scaled)  # type: ignore[operator]
     return answers.view(query.shape) * bank["scale"]
@@ -160,5 +167,7 @@ def _scale(tokens: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tokens) / tokens.numel() ** 0.5 if tokens.numel() else torch.zeros(())
 
 
-def _norm(vectors: Tensor) -> Tensor:
-    return vectors.norm(dim=-1, keepdim=True)
+def _rescaled(answers: Tensor, like: Tensor) -> Tensor:
+    """Answers ``[G, Q, k]``, each as long as that of ``like``; where there is none, ``like`` itself."""
+    length = answers.norm(dim=2, keepdim=True)
+    return torch.where(length > SHORTEST, answers * (like.norm(dim=2, keepdim=True) / length.clamp(min=SHORTEST)), like)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from dataclasses import replace
 from functools import partial
 
@@ -247,14 +248,14 @@ def test_residuals_are_of_what_the_clients_were_sent_not_of_what_the_learner_say
 
 
 def test_every_vjp_step_aligns_the_calibrations_better_with_the_same_updates():
-    federation = Federation(make("pfedseq", train="vjp", lr=0.01, learner="mlp", state_size=4))
+    # Parts of one number have no direction but their sign, so the row is one part.
+    federation = Federation(make("pfedseq", train="vjp", parts="row", lr=0.01, learner="mlp", state_size=4))
     federation.play()
     delta, cohort = torch.tensor([[1.0, -1.0], [2.0, 0.5]]), Cohort(1, torch.arange(2), torch.ones(2))
     losses = [
         federation.algorithm._train(federation.server, cohort, delta, federation.rows)["vjp_loss"] for _ in range(20)
     ]
-    # In one dimension a part's direction is its sign: it turns once, and then stays.
-    assert losses == sorted(losses, reverse=True)
+    assert all(after < before - 1e-3 for before, after in pairwise(losses))
 
 
 def test_the_mix_steps_against_the_held_out_gradient():

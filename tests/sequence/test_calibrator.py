@@ -25,19 +25,21 @@ def test_the_mean_of_the_tokens_at_the_querys_length():
     #                        a        head: classes are columns (weight, bias)
     tokens = torch.tensor([[3.0, 0, 0, 1, 0, 1, 2], [1.0, 0, 0, 3, 0, 3, 2]])
     query = torch.tensor([[0.0, 3, 4, 1, 0, 0, 5]])
-    answers = calibrator.answers(calibrator.remember(calibrator.arranged(tokens)), query)
+    memories = calibrator.remember(calibrator.arranged(tokens))
+    answers = calibrator.answers(memories, query)
     torch.testing.assert_close(answers, torch.tensor([[2.0, 0, 0, 2, 0, 2, 2]]))
     # Lengths of the query's parts: 5, then 1 for class 0 (1, 0), and 5 for class 1 (0, 5).
     half = 0.5**0.5
     expected = torch.tensor([[5.0, 0, 0, half, 0, half, 5]])
-    torch.testing.assert_close(calibrator.rescaled(answers, query), expected)
+    torch.testing.assert_close(calibrator.answers(memories, query, like=query), expected)
+    torch.testing.assert_close(calibrator.answers(memories, query, like=2 * query), 2 * expected)
 
 
 def test_where_the_memory_says_nothing_the_query_stays():
     calibrator, query = _calibrator("ssm"), _tokens(2, 7)
-    answers = calibrator.answers(calibrator.remember(query[:0]), query)
-    assert torch.equal(answers, torch.zeros(2, 7))
-    assert torch.equal(calibrator.rescaled(answers, query), query)
+    memories = calibrator.remember(query[:0])
+    assert torch.equal(calibrator.answers(memories, query), torch.zeros(2, 7))
+    assert torch.equal(calibrator.answers(memories, query, like=query), query)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -69,9 +71,9 @@ def test_the_unit_of_the_tokens_does_not_matter(name):
     with torch.no_grad():
         for parameter in calibrator.parameters():
             parameter.add_(0.1)
-        answers = calibrator.answers(calibrator.remember(tokens), query)
-        scaled = calibrator.answers(calibrator.remember(1000 * tokens), 1000 * query)
-    torch.testing.assert_close(calibrator.rescaled(answers, query), calibrator.rescaled(scaled, query))
+        answers = calibrator.answers(calibrator.remember(tokens), query, like=query)
+        scaled = calibrator.answers(calibrator.remember(1000 * tokens), 1000 * query, like=query)
+    torch.testing.assert_close(answers, scaled)
 
 
 def _rebuild(calibrator: Calibrator, tokens: torch.Tensor, asked: torch.Tensor, share: float = 1.0, seed: int = 0):
