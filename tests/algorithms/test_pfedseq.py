@@ -2,9 +2,9 @@
 
 import json
 import math
-from itertools import pairwise
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
