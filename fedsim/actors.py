@@ -32,6 +32,7 @@ class CentralActor:
 
     def __init__(self, workload: Workload, params: np.ndarray) -> None:
         torch.set_num_threads(workload.config.backend.threads)
+        keep_freed_memory()
         self._failed: FedsimError | None = None
         try:
             self.server = Server(workload, torch.from_numpy(params.copy()))
