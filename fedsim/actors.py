@@ -13,7 +13,8 @@ import torch
 
 from fedsim.algorithm import State
 from fedsim.backend import Block, keep_freed_memory, memory_told, own_peak_memory_mib
-from fedsim.errors import FedsimError
+from fedsim.errors import DataError, FedsimError
+from fedsim.models import prefix
 from fedsim.models.vit import as_tensors, checksum
 from fedsim.server import Server
 from fedsim.simulator import Facts, Simulator, Workload
@@ -120,6 +121,23 @@ class SimulatorActor:
 
     def peak_memory_mib(self) -> float:
         return own_peak_memory_mib()
+
+
+@ray.remote(max_calls=1)  # then its process ends, and frees the memory of model and images
+def fill_prefix(
+    workload: Workload, frozen: Arrays, gpu_fraction: float, path: Path, images: slice
+) -> FedsimError | None:
+    """A stretch of the cached prefix, on what a simulator has; the mistake that ended it, if there is one."""
+    if gpu_fraction:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_fraction))
+    device, cores = "cuda" if gpu_fraction else "cpu", workload.config.backend.threads
+    try:
+        prefix.fill(replace(workload, frozen=frozen), device, path, images, cores)
+    except FedsimError as error:
+        return error
+    except OSError as error:
+        return DataError(f"model.cached_prefix: {error}; $FEDSIM_CACHE is to be a folder that all nodes see")
+    return None
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedsim.algorithm import State
 from fedsim.errors import ClientError, DeviceMemoryError, FedsimError
+from fedsim.models import prefix
 from fedsim.server import Server
 from fedsim.simulator import Facts, Simulator, Workload
 from fedsim.supervisor import Block, Failures, Piece, Stage
@@ -132,6 +133,7 @@ class LocalBackend(Backend):
 
     def __init__(self, workload: Workload, params: Tensor) -> None:
         super().__init__()
+        workload = prefix.made_here(workload)
         self._workload, self._params = workload, params
         # The number of threads is part of the arithmetic: the same as that of a simulator's actor.
         self._threads_before = torch.get_num_threads()

@@ -19,6 +19,11 @@ from fedsim.errors import DataError
 from fedsim.files import replacing, write_atomically
 
 
+def cache_folder() -> Path:
+    """Where decoded images and pre-trained backbones are kept: ``$FEDSIM_CACHE`` or ``~/.cache/fedsim``."""
+    return Path(os.environ.get("FEDSIM_CACHE") or "~/.cache/fedsim").expanduser().absolute()
+
+
 def cached(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path], None], verify: bool = False) -> Path:
     """The ``.npy`` file that ``about`` describes: the one in the cache, or else the one that ``write`` makes now.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.algorithm import Task
+from fedsim.cache import cache_folder
 from fedsim.config import BackendConfig, Config, algorithm_class, env_class
 from fedsim.env import Env, FederatedData, held_out, saved_about
 from fedsim.errors import ConfigError, DataError, own_code
@@ -91,11 +91,6 @@ def cut_blocks(clients: np.ndarray, sizes: np.ndarray, batch_size: int, block_si
     return [tuple(block.tolist()) for block in np.array_split(clients[order], number)]
 
 
-def cache_folder() -> Path:
-    """Where decoded images and pre-trained backbones are kept: ``$FEDSIM_CACHE`` or ``~/.cache/fedsim``."""
-    return Path(os.environ.get("FEDSIM_CACHE") or "~/.cache/fedsim").expanduser().absolute()
-
-
 def prepare(config: Config) -> Plan:
     """Builds data and backbone, and refuses what cannot run.
 
@@ -123,18 +118,14 @@ def prepare(config: Config) -> Plan:
         local_epochs=config.local.epochs,
         trainable=len(trainable),
     )
-    weights = checksum(frozen)
     if config.model.cached_prefix != "off":
-        computing = model
-        if torch.cuda.is_available():
-            computing = VitModel(config.model, config.adapter, len(data.classes), frozen, "cuda", extra=algorithm.extra)
-        data = replace(data, token_file=prefix.token_file(config.model, computing, weights, data, cache_folder()))
+        prefix.refuse_without(model)
     unseen = frozenset(np.setdiff1d(np.arange(data.num_clients), trainable).tolist())
     workload = Workload(config, task, data, frozen, unseen)
     params = model.initial(torch_stream(config.seed, "params"))
     about = {
         "data": data.about,
-        "backbone": {"sha256": weights, "parameters": sum(v.size for v in frozen.values())},
+        "backbone": {"sha256": checksum(frozen), "parameters": sum(v.size for v in frozen.values())},
         "row": {"size": model.layout.size, **model.layout.groups},
     }
     plan = Plan(workload, params, cohort, trainable, about)

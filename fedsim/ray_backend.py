@@ -25,7 +25,7 @@ from ray.job_config import JobConfig
 from torch import Tensor
 
 from fedsim import checkpoint
-from fedsim.actors import CentralActor, SimulatorActor, put_frozen
+from fedsim.actors import CentralActor, SimulatorActor, fill_prefix, put_frozen
 from fedsim.backend import Backend, Block, own_peak_memory_mib
 from fedsim.config import BackendConfig
 from fedsim.errors import (
@@ -36,6 +36,7 @@ from fedsim.errors import (
     FedsimError,
     NotStartedError,
 )
+from fedsim.models import prefix
 from fedsim.simulator import Facts, Workload
 from fedsim.supervisor import Deadlines, Piece, Pool, Slot, Stage, pause_s
 from fedsim.tracking.ray_metrics import PoolMetrics, job_metadata
@@ -65,7 +66,7 @@ class RayBackend(Backend):
         """
         super().__init__()
         self.config = workload.config.backend
-        self._work, self._params, self._folder = workload, params.numpy(), folder
+        self._params, self._folder = params.numpy(), folder
         # Actors are named within the run; a run that was killed may still have actors of its name.
         self._namespace = f"{Path(folder).name}-{uuid.uuid4().hex[:6]}"
         run = Path(folder).name
@@ -79,6 +80,7 @@ class RayBackend(Backend):
         self._payloads_since: float | None = None  # simulators wait for the server, and nothing comes
         try:
             self.gpu_fraction, simulators = _size_pool(self.config)
+            self._work = workload = self._with_tokens(workload, simulators)
             # Apart: the server needs no weights, and the runs of a sweep share them.
             self._workload, self._frozen = ray.put(replace(workload, frozen={})), put_frozen(workload.weights())
             self._central = self._start_central()
@@ -114,6 +116,30 @@ class RayBackend(Backend):
 
     # Starts --------------------------------------------------------------------------------------------------------
 
+    def _with_tokens(self, workload: Workload, simulators: int) -> Workload:
+        """The workload with its cached prefix, computed where the simulators will be, if it is not there yet."""
+
+        def compute(path: Path) -> None:
+            work, frozen = ray.put(replace(workload, frozen={})), ray.put(workload.frozen)
+            task = fill_prefix.options(**self._share())
+            stretches = prefix.parts(len(workload.data.images), simulators)
+            tasks = [task.remote(work, frozen, self.gpu_fraction, path, images) for images in stretches]
+            try:
+                mistakes = ray.get(tasks)
+            except RayError as error:
+                raise _own_error(error, "start", 0, ()) from None
+            finally:  # of an interrupted run, they would go on in a cluster that is not the run's own
+                for reference in tasks:
+                    ray.cancel(reference, force=True)
+            if mistake := next((error for error in mistakes if error), None):
+                raise mistake
+
+        return prefix.with_tokens(workload, "cuda" if self.gpu_fraction else "cpu", compute)
+
+    def _share(self) -> dict[str, float]:
+        """What a simulator takes of the cluster."""
+        return {"num_cpus": 0 if self.gpu_fraction else self.config.threads, "num_gpus": self.gpu_fraction}
+
     def _start_central(self) -> Any:
         again = self._central_starts
         self._central_starts += 1
@@ -144,8 +170,7 @@ class RayBackend(Backend):
             slot.actor = SimulatorActor.options(  # type: ignore[attr-defined]
                 name=f"simulator-{slot.number}-r{slot.starts}" if slot.starts else f"simulator-{slot.number}",
                 namespace=self._namespace,
-                num_cpus=0 if self.gpu_fraction else self.config.threads,
-                num_gpus=self.gpu_fraction,
+                **self._share(),
             ).remote(self._workload, self._frozen, slot.number, self.gpu_fraction)
             slot.starts += 1
             self._ask_whether_ready(slot, now)

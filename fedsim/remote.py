@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from fedsim import uri as at
+from fedsim.cache import cache_folder
 from fedsim.errors import OutputError
 from fedsim.files import LOCK, unfinished
 from fedsim.uri import is_uri
@@ -52,8 +53,6 @@ def working_folder(uri: str, below: Path | None = None) -> Path:
     Raises:
         OutputError: the URI is too long.
     """
-    from fedsim.plan import cache_folder  # which imports what imports this
-
     quoted = quote(uri, safe="")
     if len(quoted) > _LONGEST_NAME:
         raise OutputError(f"{uri}: too long a URI ({len(quoted)} characters when quoted, at most {_LONGEST_NAME})")

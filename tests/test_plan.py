@@ -18,7 +18,7 @@ from fedsim.config import Config
 from fedsim.env import FederatedData
 from fedsim.envs.shapes import Shapes
 from fedsim.errors import ConfigError, DataError
-from fedsim.plan import Plan, cache_folder, cut_blocks, emulates_bf16, prepare
+from fedsim.plan import Plan, cut_blocks, emulates_bf16, prepare
 
 Make = Callable[..., Config]
 
@@ -235,11 +235,3 @@ def test_a_processor_without_bf16_emulates_it(tiny_config: Make, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("fedsim.plan.has_bf16", lambda: False)
     assert not emulates_bf16(tiny_config("precision=bf16", "backend=ray", "backend.address=10.0.0.1:6379"))
-
-
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("FEDSIM_CACHE")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cache_folder() == Path("/home/somebody/.cache/fedsim")

@@ -17,24 +17,37 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, Ra
 
 from fedsim import ray_backend
 from fedsim.__main__ import main
-from fedsim.actors import Weights, put_frozen
+from fedsim.actors import Weights, fill_prefix, put_frozen
 from fedsim.backend import Backend
 from fedsim.config import BackendConfig
-from fedsim.errors import CentralLostError, ConfigError, FedsimError, NotStartedError
+from fedsim.errors import CentralLostError, ConfigError, DataError, FedsimError, NotStartedError
 from fedsim.plan import Plan, prepare
 from fedsim.ray_backend import RayBackend
 from fedsim.simulation import resume, run
 from fedsim.supervisor import Deadlines, Failures, Pool, Stage
 
 
-def test_a_whole_run_on_ray_leaves_nothing_running(tmp_path, capsys):
-    ray_settings = ["backend=ray", "backend.simulators=2", "backend.dashboard=false", "algorithm=pfedseq"]
-    assert main(["run", *TINY, *ray_settings, f"output={tmp_path / 'ray'}"]) == 0
-    assert not ray.is_initialized()
-    assert main(["run", *TINY, "algorithm=pfedseq", f"output={tmp_path / 'local'}"]) == 0
+def test_a_whole_run_on_ray_leaves_nothing_running(tmp_path, capsys, monkeypatch):
+    settings = [*TINY, "algorithm=pfedseq", "model.options={patch_size: 8, depth: 3}", "adapter.blocks=last:2"]
+    ray_settings = ["backend=ray", "backend.simulators=2", "backend.dashboard=false"]
+    tokens = []
+    for name, more in (("ray", ray_settings), ("local", [])):
+        monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache" / name))  # each computes the cached prefix anew
+        output = f"output={tmp_path / name}"
+        assert main(["run", *settings, "model.cached_prefix=fp16", *more, output]) == 0
+        assert not ray.is_initialized()
+        tokens.append(np.load(*(tmp_path / "cache" / name).glob("prefix-*.npy")))
+    assert tokens[0].any()
+    np.testing.assert_array_equal(*tokens)
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "local"))
     assert one["accuracy"] == other["accuracy"]
     assert set(one["peak_memory_mib"]) == {"driver", "central", "simulator-0", "simulator-1"}
+
+
+def test_a_cache_that_a_node_does_not_see_is_told(tiny_plan, tmp_path):
+    gone = fill_prefix._function(tiny_plan.workload, tiny_plan.workload.frozen, 0.0, tmp_path / "gone.npy", slice(0, 32))
+    assert isinstance(gone, DataError)
+    assert str(gone).endswith("gone.npy'; $FEDSIM_CACHE is to be a folder that all nodes see")
 
 
 def test_a_dashboard_without_a_token_is_refused(tmp_path, capsys, monkeypatch):
