@@ -45,7 +45,8 @@ def test_a_whole_run_on_ray_leaves_nothing_running(tmp_path, capsys, monkeypatch
 
 
 def test_a_cache_that_a_node_does_not_see_is_told(tiny_plan, tmp_path):
-    gone = fill_prefix._function(tiny_plan.workload, tiny_plan.workload.frozen, 0.0, tmp_path / "gone.npy", slice(0, 32))
+    work = tiny_plan.workload
+    gone = fill_prefix._function(work, work.frozen, 0.0, tmp_path / "gone.npy", slice(0, 32))
     assert isinstance(gone, DataError)
     assert str(gone).endswith("gone.npy'; $FEDSIM_CACHE is to be a folder that all nodes see")
 
