@@ -46,6 +46,9 @@ JOIN_S = 10.0  # for a cluster's head to take a connection
 
 _log = logging.getLogger(__name__)
 
+# glibc gives threads heaps of their own: what one frees, another takes anew, and memory grows for hundreds of rounds.
+_ONE_ARENA = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
+
 
 @dataclass
 class Flight:
@@ -144,7 +147,10 @@ class RayBackend(Backend):
         again = self._central_starts
         self._central_starts += 1
         return CentralActor.options(  # type: ignore[attr-defined]
-            name=f"central-r{again}" if again else "central", namespace=self._namespace, num_cpus=0
+            name=f"central-r{again}" if again else "central",
+            namespace=self._namespace,
+            num_cpus=0,
+            runtime_env=_ONE_ARENA,
         ).remote(self._workload, self._params)
 
     def _start_pool(self, simulators: int, starts: int = 0) -> None:
@@ -170,6 +176,7 @@ class RayBackend(Backend):
             slot.actor = SimulatorActor.options(  # type: ignore[attr-defined]
                 name=f"simulator-{slot.number}-r{slot.starts}" if slot.starts else f"simulator-{slot.number}",
                 namespace=self._namespace,
+                runtime_env=_ONE_ARENA,
                 **self._share(),
             ).remote(self._workload, self._frozen, slot.number, self.gpu_fraction)
             slot.starts += 1

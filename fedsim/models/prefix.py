@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 
 from fedsim.cache import cache_folder, cached, content, create
@@ -66,7 +66,7 @@ def with_tokens(workload: Workload, device: str, compute: Callable[[Path], None]
     settings = {key: value for key, value in asdict(config).items() if key != "weights"}
     about = {
         "recipe": _RECIPE,
-        "timm": timm.__version__,
+        "timm": version("timm"),
         "device": device,
         "model": settings,
         "weights": checksum(workload.frozen),
