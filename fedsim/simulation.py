@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -334,12 +335,20 @@ def refuse_relative(key: str, path: str, config: BackendConfig) -> None:
     Raises:
         OutputError: it is relative, and a cluster is joined.
     """
-    joined = config.address or os.environ.get("RAY_ADDRESS", "")
+    joined = config.address or os.environ.get("RAY_ADDRESS", "") or _cluster_of_the_caller()
     if joined not in ("", "local") and not Path(path).is_absolute():
         raise OutputError(
             f"{key}: {path} is relative, which on the nodes of the cluster {joined} are as many folders; give the "
             "absolute path of one that all nodes see"
         )
+
+
+def _cluster_of_the_caller() -> str:
+    """The address of a cluster of several nodes that the calling program has joined itself; else an empty text."""
+    ray = sys.modules.get("ray")  # which is not imported for this
+    if ray is None or not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) < 2:
+        return ""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _create(folder: Path, plan: Plan) -> None:

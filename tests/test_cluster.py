@@ -19,16 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import yaml
 from conftest import TINY
 from run_folders import results
 
 from fedsim import config
 from fedsim.__main__ import main
+from fedsim.errors import OutputError
+from fedsim.simulation import output_folder
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "cluster.md").read_text(encoding="utf-8")
@@ -292,6 +296,21 @@ def test_a_relative_path_is_refused_on_a_cluster(command, told, by_setting, tmp_
         "absolute path of one that all nodes see"
     ]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_so_it_is_where_the_calling_program_has_joined_one(nodes, tmp_path, monkeypatch, tiny_config):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False}, *[{"Alive": True}] * nodes])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="head:6379"))
+    config = tiny_config("backend=ray")
+    if nodes == 1:
+        assert not output_folder(config).is_absolute()
+    else:
+        with pytest.raises(OutputError, match=r"runs/… is relative, which on the nodes of the cluster head:6379 are"):
+            output_folder(config)
 
 
 def test_commands_of_ray_in_the_docs_have_no_options_that_ray_has_not():
