@@ -1,11 +1,11 @@
 """What pFedSeq's server step costs beside the training that it follows, in the same rounds.
 
-    python benchmarks/learner.py [--cohort 10 100] [--speed fp32] [--rounds 5] [--out FILE]
+    python benchmarks/learner.py [--cohort 10 100] [--window 10] [--speed fp32] [--rounds 5] [--out FILE]
 
 ViT-Ti at 64 px, adapters of width 8 in the last three blocks and a head of 100 classes, so that d = 29,116; a client
 trains one epoch on 64 images in batches of 16; two simulators on Ray, blocks of 8 clients. The learner is the default
 one, 64 entries of state a channel. The history's window of ten rounds is full, 100 tokens with a cohort of 10, before
-rounds are counted. The server's step: the learner is trained by one step, the memory is built anew, and what is sent to
+rounds are counted; with ``--cohort 20 --window 5`` it is 100 tokens, too. The server's step: the learner is trained by one step, the memory is built anew, and what is sent to
 the next cohort is calibrated, which training asks for once more. Once as the configuration says, in fp32, and once in
 the setting that makes training cheapest, bf16 with a cached prefix. Images are noise: speed does not depend on them.
 """
@@ -26,14 +26,14 @@ from fedsim.config import load
 from fedsim.plan import prepare
 from fedsim.ray_backend import RayBackend
 
-PX, WINDOW = 64, 10
+PX = 64
 SPEEDS = {"fp32": ["precision=fp32"], "bf16, cached prefix": ["precision=bf16", "model.cached_prefix=fp16"]}
 
 
-def seconds(cohort: int, speed: list[str], rounds: int) -> list[tuple[float, float]]:
+def seconds(cohort: int, window: int, speed: list[str], rounds: int) -> list[tuple[float, float]]:
     """Of training and of the server's step, a pair a round."""
     plan = prepare(load(None, [
-        "algorithm=pfedseq", "algorithm.mix=1.0", "algorithm.held_out=0", f"algorithm.window={WINDOW}",
+        "algorithm=pfedseq", "algorithm.mix=1.0", "algorithm.held_out=0", f"algorithm.window={window}",
         "algorithm.state_size=64", "backend.block_size=8",
         "env=noise:Noise", f"env.num_clients={max(100, cohort)}", f"cohort={cohort}",
         "model=vit_tiny_patch16_224", "model.weights=random", "model.options={}", f"model.img_size={PX}",
@@ -42,7 +42,7 @@ def seconds(cohort: int, speed: list[str], rounds: int) -> list[tuple[float, flo
     ]))  # fmt: skip
     backend, found = RayBackend(plan.workload, plan.params, "learner"), []
     try:
-        for round in range(WINDOW + rounds):
+        for round in range(window + rounds):
             start = time.perf_counter()
             backend.train(round, plan.blocks(plan.sample_cohort(round)))
             trained = time.perf_counter()
@@ -53,22 +53,23 @@ def seconds(cohort: int, speed: list[str], rounds: int) -> list[tuple[float, flo
             found.append((trained - start, time.perf_counter() - trained))
     finally:
         backend.close()
-    return found[WINDOW:]
+    return found[window:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cohort", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--window", type=int, default=10, help="rounds of the history")
     parser.add_argument("--speed", nargs="+", choices=SPEEDS, default=list(SPEEDS), help="of training")
     parser.add_argument("--rounds", type=int, default=5, help="counted, after those that fill the window")
     parser.add_argument("--out", type=Path, help="append each result as a JSON line")
     options = parser.parse_args()
     for cohort in options.cohort:
         for name in options.speed:
-            pairs = seconds(cohort, SPEEDS[name], options.rounds)
+            pairs = seconds(cohort, options.window, SPEEDS[name], options.rounds)
             ratios = [server / train for train, server in pairs]
             row: dict[str, Any] = {
-                "benchmark": "learner", "cohort": cohort, "tokens": WINDOW * cohort, "speed": name,
+                "benchmark": "learner", "cohort": cohort, "tokens": options.window * cohort, "speed": name,
                 "train_s": statistics.median(train for train, _ in pairs),
                 "server_s": statistics.median(server for _, server in pairs),
                 "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
