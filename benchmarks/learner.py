@@ -4,10 +4,11 @@
 
 ViT-Ti at 64 px, adapters of width 8 in the last three blocks and a head of 100 classes, so that d = 29,116; a client
 trains one epoch on 64 images in batches of 16; two simulators on Ray, blocks of 8 clients. The learner is the default
-one, 64 entries of state a channel. The history's window of ten rounds is full, 100 tokens with a cohort of 10, before
-rounds are counted; with ``--cohort 20 --window 5`` it is 100 tokens, too. The server's step: the learner is trained by one step, the memory is built anew, and what is sent to
-the next cohort is calibrated, which training asks for once more. Once as the configuration says, in fp32, and once in
-the setting that makes training cheapest, bf16 with a cached prefix. Images are noise: speed does not depend on them.
+one, 64 entries of state a channel. The history's window of ten rounds is full before rounds are counted: 100 tokens
+with a cohort of 10, as with ``--cohort 20 --window 5``. The server's step: the learner is trained by one step, the
+memory is built anew, and what is sent to the next cohort is calibrated, which training asks for once more. Once as the
+configuration says, in fp32, and once in the setting that makes training cheapest, bf16 with a cached prefix. Images are
+noise: speed does not depend on them.
 """
 
 from __future__ import annotations
