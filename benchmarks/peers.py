@@ -133,14 +133,17 @@ def export(plan: Plan, folder: Path) -> None:
 
 
 def peers_turn(name: str, env: Path, folder: Path, settings: dict[str, Any]) -> Turn:
-    """A peer's turn, in processes of its own."""
+    """A peer's turn, in processes of its own; one that fails is played once more: pfl's may abort as they end."""
     # The first round is not counted.
     (folder / "settings.json").write_text(json.dumps({**settings, "rounds": settings["rounds"] + 1}), encoding="utf-8")
-    done = subprocess.run(
-        [env / "bin" / "python", *PEERS[name], folder], cwd=HERE, capture_output=True, text=True, timeout=3600
-    )
-    if done.returncode:
-        raise SystemExit(f"{name} failed, exit code {done.returncode}:\n{done.stderr[-4000:]}")
+    command = [env / "bin" / "python", *PEERS[name], folder]
+    for last in (False, True):
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=3600)
+        if not done.returncode:
+            break
+        if last:
+            raise SystemExit(f"{name} failed twice, exit code {done.returncode}:\n{done.stderr[-4000:]}")
+        print(f"{name} failed, exit code {done.returncode}; once more", file=sys.stderr)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     with np.load(folder / "average.npz") as arrays:
         average = {key: arrays[key] for key in arrays.files}
