@@ -216,7 +216,7 @@ def _distribution(task: Task) -> Drawn:
     for row, (color, _) in reversed(list(zip(task.rows, styles(task.rows), strict=True))):
         values, shares = row.distribution()
         axes.step([values[0], *values], [0, *shares], where="post", color=color)
-    axes.set(xlabel="accuracy of a client", ylabel="share of clients with at most that", ylim=(0, 1.01))
+    axes.set(xlabel="accuracy of a client", ylabel="share of clients with no more", ylim=(0, 1.01))
     return {"clients": (figure, "Distribution over clients", _lines(task.rows))}
 
 
