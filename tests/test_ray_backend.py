@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from conftest import TINY
@@ -114,6 +115,16 @@ def test_more_simulators_than_the_cluster_holds_is_refused(cluster, tiny_config)
     plan = prepare(tiny_config("backend=ray", "backend.simulators=4"))
     with pytest.raises(ConfigError, match="4 simulators of 1 CPU each, the cluster has room for 1"):
         RayBackend(plan.workload, plan.params, "too-many")
+
+
+def test_actors_have_one_heap_for_all_threads(cluster, tiny_config):
+    plan = prepare(tiny_config("backend=ray", "backend.simulators=1"))
+    backend = RayBackend(plan.workload, plan.params, "one-heap")
+    try:
+        pids = [ray.get(backend._central.ready.remote()), *backend.pids()]
+        assert [psutil.Process(pid).environ().get("MALLOC_ARENA_MAX") for pid in pids] == ["1", "1"]
+    finally:
+        backend.close()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fedsim.env import Ragged
 from fedsim.errors import CheckpointError, ClientError, OwnCodeError
 from fedsim.journal import Latest
 from fedsim.plan import Plan, prepare
-from fedsim.server import Server
+from fedsim.server import Server, _not_finite
 from fedsim.simulator import Workload
 from fedsim.store import Store
 
@@ -444,3 +444,10 @@ def test_the_server_draws_from_the_seed(tiny_config: Callable[..., Config], work
         return server.state["calibrator"].learners[0].W_B
 
     assert torch.equal(drawn(), drawn()) and not torch.equal(drawn(), drawn("seed=1"))
+
+
+def test_a_sum_that_overflows_is_of_finite_numbers() -> None:
+    nan, inf, large = float("nan"), float("inf"), 3e38
+    assert _not_finite(torch.tensor([[large, large], [1.0, 2.0]])).tolist() == [False, False]
+    rows = torch.tensor([[large, large], [nan, 0.0], [inf, -inf], [0.0, -inf], [1.0, 2.0]])
+    assert _not_finite(rows).tolist() == [False, True, True, True, False]

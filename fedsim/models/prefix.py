@@ -49,14 +49,13 @@ def with_tokens(workload: Workload, device: str, compute: Callable[[Path], None]
         compute: brings `fill` to all images of the file that it is given.
 
     Raises:
-        ConfigError: every block has an adapter, or the tokens are too large for fp16.
+        ConfigError: the tokens are too large for fp16.
         DataError: the cache cannot be written.
     """
     config, data = workload.config.model, workload.data
     if config.cached_prefix == "off":
         return workload
     model = _model(workload, "cpu")
-    refuse_without(model)
 
     def write(path: Path) -> None:
         of_one = _tokens(model, data, slice(1)).shape[1:]

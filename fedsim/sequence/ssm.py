@@ -192,14 +192,14 @@ def orthonormal(width: int, state_size: int, generator: torch.Generator) -> Tens
 
 
 def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))``, to some units of the last digit and of x's; six times as fast as torch's slow log1p."""
+    """``log(1 + exp(x))``, to the last digit or two: a fifth of the time of torch's on a CPU, whose log1p is slow."""
     return _Softplus.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        t = (x * LOG2_E).clamp_(max=STRAIGHT * LOG2_E).exp2_()
+        t = x.clamp(max=STRAIGHT).exp_()
         u = t + 1
         lost = t.sub_(u - 1).div_(u)  # of t in u, relative to u: the first term of the logarithm's error
         return u.log_().add_(lost).add_((x - STRAIGHT).clamp_(min=0))
